@@ -1,0 +1,189 @@
+"""How a kernel is tiled: a configuration, what it takes of an SM, and what makes it legal.
+
+wgmma is not symmetric: an instruction multiplies 64 rows of one operand, here called the P side, with a multiple of
+8 rows of the other, the Q side. P is M and Q is N, or the reverse with `swap_ab`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
+
+WGMMA_P, WGMMA_Q, MAX_WGMMA_Q = 64, 8, 256
+MAX_BLOCK = 256  # rows that one copy into shared memory can move
+TILE_ALIGNMENT = 1024  # bytes: what a tile with a 128-byte swizzle starts on
+PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
+MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
+
+# Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg leaves
+# a consumer thread for a given number of consumer warpgroups.
+OTHER_REGISTERS = 40
+MAX_REGISTERS = {1: 240, 2: 240, 3: 160}
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """One tiling of the GEMM kernel.
+
+    Attributes:
+      block_m, block_n: the output tile of a CTA.
+      num_stages: depth of the shared-memory ring; a stage holds one 128-block of K of both operands.
+      num_consumers: warpgroups that multiply (one more warpgroup loads).
+      swap_ab: put rhs on wgmma's M side (64 rows an instruction) and lhs, the tokens, on its N side (steps of 8).
+      cluster_m, cluster_n: CTAs of a cluster along M (they share the rhs tile) and N (the lhs tile) by multicast.
+      split_k: CTAs of a cluster that share one output tile, each with a part of K, summed through distributed
+        shared memory in a fixed order.
+      raster_group: cluster tiles along M in a band; a band is walked M first, so that its operands stay in L2.
+      out_buffers: chunks of output that a consumer may have on the way to global memory.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_consumers: int = 2
+    swap_ab: bool = False
+    cluster_m: int = 1
+    cluster_n: int = 1
+    split_k: int = 1
+    raster_group: int = 8
+    out_buffers: int = 2
+
+    def __str__(self) -> str:
+        parts = [f"{self.block_m}x{self.block_n}", f"stages {self.num_stages}", f"consumers {self.num_consumers}"]
+        if self.swap_ab:
+            parts.append("swap-AB")
+        if self.cluster_m * self.cluster_n > 1:
+            parts.append(f"cluster {self.cluster_m}x{self.cluster_n}")
+        if self.split_k > 1:
+            parts.append(f"split-K {self.split_k}")
+        else:
+            parts.append(f"raster {self.raster_group}")
+        return ", ".join(parts)
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster_m * self.cluster_n * self.split_k
+
+    @property
+    def block_pq(self) -> tuple[int, int]:
+        """The tile of a CTA, as (P, Q)."""
+        return (self.block_n, self.block_m) if self.swap_ab else (self.block_m, self.block_n)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return ceil_div(value, multiple) * multiple
+
+
+def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
+    """The part of the tile that one consumer computes, as (P, Q): P is divided where it can be, else Q."""
+    p, q = config.block_pq
+    if p // WGMMA_P % config.num_consumers == 0:
+        return p // config.num_consumers, q
+    return p, q // config.num_consumers
+
+
+def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
+    """Output tiles that the kernel computes, those that fill up a cluster included."""
+    tiles_m = round_up(ceil_div(problem.m, config.block_m), config.cluster_m)
+    tiles_n = round_up(ceil_div(problem.n, config.block_n), config.cluster_n)
+    return problem.batch * tiles_m * tiles_n
+
+
+def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
+    """Rows and bytes per row of the pieces in which a consumer stages its output for the copy engine."""
+    _, q = warpgroup_tile(config)
+    if config.swap_ab:
+        return q, 128
+    row_bytes = q * problem.out_item_bytes
+    return WGMMA_P, next(width for width in (128, 64, 32, 16) if row_bytes % width == 0)
+
+
+def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
+    """Shared memory of a CTA: the ring's tiles, the staged output, the ring's scales and barriers (cuda/smem.cuh)."""
+    tiles = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
+    output = 16  # C++ knows no empty array: one byte stands for it, and the scales are aligned
+    if problem.out_is_tma_aligned and config.split_k == 1:
+        rows, row_bytes = out_chunk(problem, config)
+        output = config.num_consumers * config.out_buffers * round_up(rows * row_bytes, TILE_ALIGNMENT)
+    rhs_scales = 4 if problem.rhs_scale_rows == SCALE_BLOCK else config.block_n
+    scales = config.num_stages * (round_up(4 * config.block_m, 16) + round_up(4 * rhs_scales, 16))
+    barriers = round_up(2 * 8 * config.num_stages, 16)
+    return round_up(tiles + output + scales + barriers, TILE_ALIGNMENT)
+
+
+def consumer_registers(config: GemmConfig) -> int:
+    """Registers of a consumer thread: the tile's sums, the tensor core's sums of one 64-row part, and the rest."""
+    p, q = warpgroup_tile(config)
+    return p // WGMMA_P * (q // 2) + q // 2 + OTHER_REGISTERS
+
+
+def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
+    """Why `config` cannot run `problem` on `device`, or None if it can."""
+    return (_tile_rejection(config) or _cluster_rejection(config) or _split_rejection(problem, config, device)
+            or _resource_rejection(problem, config, device))
+
+
+def _tile_rejection(config: GemmConfig) -> str | None:
+    for name in ("block_m", "block_n"):
+        if not 0 < getattr(config, name) <= MAX_BLOCK:
+            return f"{name} {getattr(config, name)} is not in 1..{MAX_BLOCK}"
+    if config.num_consumers not in MAX_REGISTERS:
+        return f"num_consumers {config.num_consumers} is not in {tuple(MAX_REGISTERS)}"
+    for name, least in (("num_stages", 2), ("raster_group", 1), ("out_buffers", 1)):
+        if getattr(config, name) < least:
+            return f"{name} {getattr(config, name)} is below {least}"
+    p_name, q_name = ("block_n", "block_m") if config.swap_ab else ("block_m", "block_n")
+    p, q = config.block_pq
+    if p % WGMMA_P:
+        return f"{p_name} {p} is no multiple of wgmma's {WGMMA_P} rows"
+    splits_q = p // WGMMA_P % config.num_consumers != 0
+    parts = config.num_consumers if splits_q else 1
+    if q % (WGMMA_Q * parts):
+        return f"{q_name} {q} is no multiple of {parts} consumers x {WGMMA_Q}" if splits_q else (
+            f"{q_name} {q} is no multiple of {WGMMA_Q}")
+    return None
+
+
+def _cluster_rejection(config: GemmConfig) -> str | None:
+    if (config.cluster_m, config.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
+        return f"cluster {config.cluster_m}x{config.cluster_n} is none of 1x1, 2x1, 1x2"
+    if config.cluster_m == 2 and config.block_n % MULTICAST_ROWS:
+        return f"cluster_m 2 needs block_n in steps of {MULTICAST_ROWS}"
+    if config.cluster_n == 2 and config.block_m % MULTICAST_ROWS:
+        return f"cluster_n 2 needs block_m in steps of {MULTICAST_ROWS}"
+    return None
+
+
+def _split_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
+    if config.split_k == 1:
+        return None
+    if config.split_k not in (2, 4, 8):
+        return f"split_k {config.split_k} is none of 1, 2, 4, 8"
+    if problem.batch_invariant:
+        return "batch_invariant forbids split-K"
+    if config.split_k > problem.num_k_blocks:
+        return f"split_k {config.split_k} is more than the {problem.num_k_blocks} blocks of K"
+    if config.cluster_m * config.cluster_n > 1:
+        return "split-K and multicast both need the cluster"
+    partial = 4 * config.block_m * (config.block_n + PARTIAL_PADDING)
+    ring = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
+    if partial > ring:
+        return f"the {partial} bytes of a partial tile do not fit into the ring's {ring}"
+    ctas = num_tiles(problem, config) * config.split_k
+    if device.is_limited and ctas > device.num_sms:
+        return f"split-K takes {ctas} CTAs at once, more than the limit of {device.num_sms} SMs"
+    return None
+
+
+def _resource_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
+    if config.cluster_size > device.num_sms:
+        return f"a cluster of {config.cluster_size} is more than {device.num_sms} SMs"
+    registers, limit = consumer_registers(config), MAX_REGISTERS[config.num_consumers]
+    if registers > limit:
+        return f"about {registers} registers a thread, above {limit}"
+    size = shared_bytes(problem, config)
+    if size > device.shared_bytes:
+        return f"{size} bytes of shared memory, above {device.shared_bytes}"
+    return None
