@@ -1,7 +1,6 @@
-"""How a kernel is tiled: a configuration, what it takes of an SM, and what makes it legal.
+"""How a kernel is tiled: a configuration, and what makes it legal for a problem and a device.
 
-wgmma is not symmetric: an instruction multiplies 64 rows of one operand, here called the P side, with a multiple of
-8 rows of the other, the Q side. P is M and Q is N, or the reverse with `swap_ab`.
+P is the side of the tile on wgmma's 64 rows and Q the side on its steps of 8: M and N, or N and M with `swap_ab`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ import dataclasses
 
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
+from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, tile_pq, warpgroup_tile
 
-WGMMA_P, WGMMA_Q, MAX_WGMMA_Q = 64, 8, 256
-MAX_BLOCK = 256  # rows that one copy into shared memory can move
-TILE_ALIGNMENT = 1024  # bytes: what a tile with a 128-byte swizzle starts on
+MMA_Q = 8  # a wgmma's N side comes in steps of this
+MAX_BLOCK = 256  # rows that one copy into shared memory moves, and columns of a wgmma
 PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
 MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
+
+LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1}
 
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg leaves
 # a consumer thread for a given number of consumer warpgroups.
@@ -66,22 +67,9 @@ class GemmConfig:
     def cluster_size(self) -> int:
         return self.cluster_m * self.cluster_n * self.split_k
 
-    @property
-    def block_pq(self) -> tuple[int, int]:
-        """The tile of a CTA, as (P, Q)."""
-        return (self.block_n, self.block_m) if self.swap_ab else (self.block_m, self.block_n)
-
 
 def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
-
-
-def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
-    """The part of the tile that one consumer computes, as (P, Q): P is divided where it can be, else Q."""
-    p, q = config.block_pq
-    if p // WGMMA_P % config.num_consumers == 0:
-        return p // config.num_consumers, q
-    return p, q // config.num_consumers
 
 
 def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
@@ -91,32 +79,18 @@ def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
     return problem.batch * tiles_m * tiles_n
 
 
-def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
-    """Rows and bytes per row of the pieces in which a consumer stages its output for the copy engine."""
-    _, q = warpgroup_tile(config)
-    if config.swap_ab:
-        return q, 128
-    row_bytes = q * problem.out_item_bytes
-    return WGMMA_P, next(width for width in (128, 64, 32, 16) if row_bytes % width == 0)
-
-
-def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
-    """Shared memory of a CTA: the ring's tiles, the staged output, the ring's scales and barriers (cuda/smem.cuh)."""
-    tiles = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
-    output = 16  # C++ knows no empty array: one byte stands for it, and the scales are aligned
-    if problem.out_is_tma_aligned and config.split_k == 1:
-        rows, row_bytes = out_chunk(problem, config)
-        output = config.num_consumers * config.out_buffers * round_up(rows * row_bytes, TILE_ALIGNMENT)
-    rhs_scales = 4 if problem.rhs_scale_rows == SCALE_BLOCK else config.block_n
-    scales = config.num_stages * (round_up(4 * config.block_m, 16) + round_up(4 * rhs_scales, 16))
-    barriers = round_up(2 * 8 * config.num_stages, 16)
-    return round_up(tiles + output + scales + barriers, TILE_ALIGNMENT)
+def least_stages(config: GemmConfig) -> int:
+    """Stages without which there is no pipeline or, with split-K, no room for the partial tile in the ring."""
+    if config.split_k == 1:
+        return LEAST["num_stages"]
+    partial = 4 * config.block_m * (config.block_n + PARTIAL_PADDING)
+    return max(LEAST["num_stages"], ceil_div(partial, (config.block_m + config.block_n) * SCALE_BLOCK))
 
 
 def consumer_registers(config: GemmConfig) -> int:
     """Registers of a consumer thread: the tile's sums, the tensor core's sums of one 64-row part, and the rest."""
     p, q = warpgroup_tile(config)
-    return p // WGMMA_P * (q // 2) + q // 2 + OTHER_REGISTERS
+    return p // MMA_P * (q // 2) + q // 2 + OTHER_REGISTERS
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -131,18 +105,18 @@ def _tile_rejection(config: GemmConfig) -> str | None:
             return f"{name} {getattr(config, name)} is not in 1..{MAX_BLOCK}"
     if config.num_consumers not in MAX_REGISTERS:
         return f"num_consumers {config.num_consumers} is not in {tuple(MAX_REGISTERS)}"
-    for name, least in (("num_stages", 2), ("raster_group", 1), ("out_buffers", 1)):
-        if getattr(config, name) < least:
-            return f"{name} {getattr(config, name)} is below {least}"
+    for name in ("num_stages", "raster_group", "out_buffers"):
+        if getattr(config, name) < LEAST[name]:
+            return f"{name} {getattr(config, name)} is below {LEAST[name]}"
     p_name, q_name = ("block_n", "block_m") if config.swap_ab else ("block_m", "block_n")
-    p, q = config.block_pq
-    if p % WGMMA_P:
-        return f"{p_name} {p} is no multiple of wgmma's {WGMMA_P} rows"
-    splits_q = p // WGMMA_P % config.num_consumers != 0
+    p, q = tile_pq(config)
+    if p % MMA_P:
+        return f"{p_name} {p} is no multiple of wgmma's {MMA_P} rows"
+    splits_q = p // MMA_P % config.num_consumers != 0
     parts = config.num_consumers if splits_q else 1
-    if q % (WGMMA_Q * parts):
-        return f"{q_name} {q} is no multiple of {parts} consumers x {WGMMA_Q}" if splits_q else (
-            f"{q_name} {q} is no multiple of {WGMMA_Q}")
+    if q % (MMA_Q * parts):
+        return f"{q_name} {q} is no multiple of {parts} consumers x {MMA_Q}" if splits_q else (
+            f"{q_name} {q} is no multiple of {MMA_Q}")
     return None
 
 
@@ -167,10 +141,8 @@ def _split_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -
         return f"split_k {config.split_k} is more than the {problem.num_k_blocks} blocks of K"
     if config.cluster_m * config.cluster_n > 1:
         return "split-K and multicast both need the cluster"
-    partial = 4 * config.block_m * (config.block_n + PARTIAL_PADDING)
-    ring = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
-    if partial > ring:
-        return f"the {partial} bytes of a partial tile do not fit into the ring's {ring}"
+    if config.num_stages < least_stages(config):
+        return f"the partial tile does not fit into {config.num_stages} stages: it takes {least_stages(config)}"
     ctas = num_tiles(problem, config) * config.split_k
     if device.is_limited and ctas > device.num_sms:
         return f"split-K takes {ctas} CTAs at once, more than the limit of {device.num_sms} SMs"

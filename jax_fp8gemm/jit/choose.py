@@ -1,0 +1,105 @@
+"""Which configuration a problem gets: candidates -> legal -> cost -> best, unless a measured winner is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+from jax_fp8gemm.jit import tuned
+from jax_fp8gemm.jit.config import GemmConfig, least_stages, num_tiles, rejection
+from jax_fp8gemm.jit.cost import Cost, cost
+from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
+from jax_fp8gemm.jit.tile import MMA_P, shared_bytes
+
+MAX_STAGES = 16
+P_BLOCKS = (64, 128, 192, 256)
+Q_BLOCKS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+MAX_SWAPPED_TOKENS = 128  # beyond, the tokens fill wgmma's 64 rows well enough
+SPREADS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8))  # cluster_m, cluster_n, split_k
+RASTER_GROUPS = (4, 8, 16, 32)
+MAX_SPLIT_WAVES = 2  # beyond, whole tiles keep the SMs busy
+NUM_REFINED = 16  # candidates whose raster group is looked into
+
+
+def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
+    """The configurations worth a look, legal or not; of the raster groups only one."""
+    for swap_ab in (False, True):
+        p_size, q_size = (problem.n, problem.m) if swap_ab else (problem.m, problem.n)
+        if swap_ab and problem.m > MAX_SWAPPED_TOKENS:
+            continue
+        for p, q in itertools.product(_covering(P_BLOCKS, p_size), _covering(Q_BLOCKS, q_size)):
+            block_m, block_n = (q, p) if swap_ab else (p, q)
+            whole_tiles = problem.batch * ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n)
+            for num_consumers in (1, 2, 3):
+                if num_consumers == 3 and p // MMA_P % 3:
+                    continue
+                for cluster_m, cluster_n, split_k in SPREADS:
+                    if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
+                        continue
+                    config = GemmConfig(block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
+                    yield dataclasses.replace(config, num_stages=num_stages(problem, config, device))
+
+
+def _covering(blocks: tuple[int, ...], size: int) -> Iterator[int]:
+    """The blocks up to the first one that covers `size` by itself."""
+    for block in blocks:
+        yield block
+        if block >= size:
+            return
+
+
+def num_stages(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
+    """As many stages as fit, but no more than a CTA ever fills."""
+    filled = MAX_STAGES
+    if num_tiles(problem, config) * config.split_k <= device.num_sms:
+        filled = min(filled, ceil_div(problem.num_k_blocks, config.split_k))
+    stages = min(filled, device.shared_bytes // ((config.block_m + config.block_n) * SCALE_BLOCK))
+    stages = max(stages, least_stages(config))
+    while stages > least_stages(config) and (
+            shared_bytes(problem, dataclasses.replace(config, num_stages=stages)) > device.shared_bytes):
+        stages -= 1
+    return stages
+
+
+def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:
+    """The legal candidates with their costs, the best first; of each the best raster group, for the first few."""
+    legal = [config for config in candidates(problem, device) if rejection(problem, config, device) is None]
+    if not legal:
+        raise NotImplementedError(f"no configuration of the kernel can run {problem} on {device}; use the reference "
+                                  "implementation")
+    by_seconds = lambda pair: pair[1].seconds
+    order = sorted(((config, cost(problem, config, device)) for config in legal), key=by_seconds)
+    refined = [min(_raster_variants(problem, *pair, device), key=by_seconds) for pair in order[:NUM_REFINED]]
+    return sorted(refined, key=by_seconds) + order[NUM_REFINED:]
+
+
+def _raster_variants(problem: GemmProblem, config: GemmConfig, base: Cost,
+                     device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
+    yield config, base
+    if base.waves > 1 and config.split_k == 1:
+        for raster_group in RASTER_GROUPS:
+            variant = dataclasses.replace(config, raster_group=raster_group)
+            yield variant, cost(problem, variant, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def best(problem: GemmProblem, device: Device) -> GemmConfig:
+    """The legal configuration to which the model gives the least time."""
+    return ranked(problem, device)[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A configuration, and who chose it: a table of measured winners, the model, or the caller."""
+
+    config: GemmConfig
+    source: str
+
+
+def choose(problem: GemmProblem, device: Device) -> Choice:
+    """The measured winner for `problem` where a table has one, else the model's."""
+    measured = tuned.find(problem, device)
+    return Choice(*measured) if measured else Choice(best(problem, device), "model")

@@ -1,0 +1,113 @@
+"""From a problem to a launch plan: choose a configuration, generate the source, compile it or find its cubin."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from jax_fp8gemm.jit import settings
+from jax_fp8gemm.jit.cache import cache_key, kernel_cache
+from jax_fp8gemm.jit.choose import Choice, choose
+from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.device import Device, current_device
+from jax_fp8gemm.jit.launch import LaunchPlan
+from jax_fp8gemm.jit.plan import plan_gemm
+from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.source import gemm_source
+from jax_fp8gemm.jit.toolchain import ARCH, STD, compile_source, compiler_identity, disassemble, headers_digest
+
+logger = logging.getLogger(__name__)
+
+_override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar("jax_fp8gemm_override", default=None)
+
+
+@contextlib.contextmanager
+def override(config: GemmConfig) -> Iterator[None]:
+    """Every kernel that is lowered in this context gets `config`: for tests and tuning.
+
+    Like `settings.limit_sms`, it holds for jitted functions that were traced before.
+
+    Example:
+      >>> with override(GemmConfig(128, 112, num_stages=6)):
+      ...   out = jax.jit(fp8_gemm)(lhs, rhs)
+    """
+    token = _override.set(config)
+    try:
+        with settings.in_jit_key("config", config):
+            yield
+    finally:
+        _override.reset(token)
+
+
+def build(problem: GemmProblem, config: GemmConfig | None = None, *, num_sms: int | None = None,
+          device: Device | None = None) -> LaunchPlan:
+    """The compiled kernel for `problem`, and how to launch it.
+
+    Args:
+      problem: the call.
+      config: the configuration; by default that of `override`, else a measured winner, else the cost model's.
+      num_sms: SMs that the kernel may use; None: all.
+      device: the GPU to build for; by default the one that JAX runs on, or an H200 where it has none.
+
+    Raises:
+      ValueError: `config` is illegal for the problem; the message says why.
+      CompileError: the kernel does not compile.
+      RuntimeError: there is no compiler; the message says what to install.
+    """
+    device = (device or current_device()).limited_to(num_sms)
+    choice = _choose(problem, config, device)
+    if settings.print_config():
+        print(f"jax_fp8gemm: {describe(problem)}: {choice.config} ({choice.source})", file=sys.stderr)
+    cubin = compile_kernel(problem, choice.config)
+    return plan_gemm(problem, choice.config, cubin, device.num_sms)
+
+
+def _choose(problem: GemmProblem, config: GemmConfig | None, device: Device) -> Choice:
+    given = config or _override.get()
+    if given is None:
+        return choose(problem, device)
+    reason = rejection(problem, given, device)
+    if reason is not None:
+        raise ValueError(f"config: expected one that is legal for {problem}, got {given!r}: {reason}")
+    return Choice(given, "given")
+
+
+def describe(problem: GemmProblem) -> str:
+    """The problem in a few words: "64x2112x7168 bf16"."""
+    batch = f"{problem.batch} x " if problem.batch > 1 else ""
+    extra = " accumulate" * problem.accumulate + " 1x128 rhs" * (problem.rhs_scale_rows == 1)
+    return f"{batch}{problem.m}x{problem.n}x{problem.k} {problem.out_dtype}{extra}"
+
+
+def compile_kernel(problem: GemmProblem, config: GemmConfig) -> bytes:
+    """The cubin of `problem` under `config`, from the cache where it has one."""
+    source, nvcc, line_info = gemm_source(problem, config), settings.nvcc(), settings.line_info()
+    key = cache_key(source, headers_digest(), ARCH, STD, f"line info {line_info}", compiler_identity(nvcc))
+
+    def compile_now() -> bytes:
+        logger.info("compiling %s: %s", describe(problem), config)
+        return compile_source(source, line_info=line_info, nvcc=nvcc)
+
+    cubin = kernel_cache().get(key, compile_now)
+    folder = settings.dump_dir()
+    if folder is not None:
+        _dump(folder, f"fp8_gemm_{problem.n}x{problem.k}_{key[:12]}", source, cubin)
+    return cubin
+
+
+def _dump(folder: pathlib.Path, stem: str, source: str, cubin: bytes) -> None:
+    """Writes source, PTX, cubin and, where there is an nvdisasm, SASS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / stem
+    path.with_suffix(".cu").write_text(source)
+    path.with_suffix(".cubin").write_bytes(cubin)
+    path.with_suffix(".ptx").write_bytes(
+        compile_source(source, output="ptx", line_info=settings.line_info(), nvcc=settings.nvcc()))
+    try:
+        path.with_suffix(".sass").write_text(disassemble(cubin))
+    except RuntimeError as error:
+        logger.warning("no SASS for %s: %s", stem, error)

@@ -1,0 +1,149 @@
+"""Measured winners: a JSON table per GPU, shipped in this folder, and the user's own in the cache folder's `tuned/`.
+
+A table is `{"device": name, "entries": [{"problem": …, "config": …, "microseconds": …}, …]}`, where problem and config
+hold the fields of `GemmProblem` and `GemmConfig` that differ from their defaults. An entry serves its own M and, where
+no table has the exact M, every M of the same bucket (`bucket`) with otherwise equal facts; among those the nearest M
+counts. The user's table goes before the shipped one. An entry that is malformed, or illegal for the problem, is
+ignored with a log line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import tempfile
+
+import filelock
+
+from jax_fp8gemm.jit import settings
+from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.problem import GemmProblem
+
+logger = logging.getLogger(__name__)
+
+SHIPPED, USER = "shipped table", "your table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One measurement: the fastest configuration of a problem, and its time."""
+
+    problem: GemmProblem
+    config: GemmConfig
+    microseconds: float
+
+    def to_json(self) -> dict:
+        return {"problem": _set_fields(self.problem), "config": _set_fields(self.config),
+                "microseconds": round(self.microseconds, 3)}
+
+    @staticmethod
+    def from_json(data: dict) -> Entry:
+        config = GemmConfig(**data["config"])
+        if any(type(value) not in (int, bool) for value in dataclasses.astuple(config)):
+            raise TypeError(f"expected whole numbers in {data['config']}")
+        return Entry(GemmProblem(**data["problem"]), config, float(data["microseconds"]))
+
+
+def _set_fields(instance: GemmProblem | GemmConfig) -> dict:
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    defaults = {field.name: field.default for field in dataclasses.fields(instance)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def bucket(m: int) -> int:
+    """The largest M that shares measurements with `m`: buckets of 8 up to 64, then four to each doubling."""
+    step = max(8, 1 << (m - 1).bit_length() - 3)
+    return -(-m // step) * step
+
+
+def _facts(problem: GemmProblem) -> GemmProblem:
+    """What of a problem, M aside, makes a difference in time: e5m2 takes as long as e4m3."""
+    problem = dataclasses.replace(problem, m=1, lhs_dtype="e4m3", rhs_dtype="e4m3")
+    return problem if problem.batch > 1 else dataclasses.replace(problem, lhs_batched=True, rhs_batched=True)
+
+
+def shipped_table(device: Device) -> pathlib.Path:
+    return pathlib.Path(__file__).parent / f"{device.slug}.json"
+
+
+def user_table(device: Device) -> pathlib.Path | None:
+    """The user's own table; None where there is no cache folder to keep it in."""
+    folder = settings.cache_dir()
+    return folder and folder / "tuned" / f"{device.slug}.json"
+
+
+def load(path: pathlib.Path | None) -> tuple[Entry, ...]:
+    """The entries of a table; none where there is no file, or no readable one."""
+    try:
+        status = path and os.stat(path)
+    except OSError:
+        return ()
+    return _load(path, status.st_mtime_ns, status.st_size) if status else ()
+
+
+@functools.lru_cache(maxsize=16)
+def _load(path: pathlib.Path, mtime_ns: int, size: int) -> tuple[Entry, ...]:
+    try:
+        records = json.loads(path.read_text())["entries"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is not a table of measured configurations (%r): ignored", path, error)
+        return ()
+    entries = []
+    for record in records:
+        try:
+            entries.append(Entry.from_json(record))
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: entry %s ignored: %r", path, record, error)
+    return tuple(entries)
+
+
+def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
+    """The measured winner for `problem`, and the table that has it; None where there is none that is legal.
+
+    A limited device has none: the winners were measured on all SMs.
+    """
+    if device.is_limited:
+        return None
+    near = []
+    for order, (name, path) in enumerate(((USER, user_table(device)), (SHIPPED, shipped_table(device)))):
+        for entry in load(path):
+            if _facts(entry.problem) == _facts(problem) and bucket(entry.problem.m) == bucket(problem.m):
+                distance = abs(entry.problem.m - problem.m)
+                near.append(((distance > 0, order, distance), entry.config, name))
+    for _, config, name in sorted(near, key=lambda item: item[0]):
+        reason = rejection(problem, config, device)
+        if reason is None:
+            return config, name
+        logger.warning("%s: %s is illegal for %s: %s", name, config, problem, reason)
+    return None
+
+
+def add(device: Device, entries: list[Entry]) -> pathlib.Path:
+    """Adds measurements to the user's table; a problem that it has already gets the new winner.
+
+    Raises:
+      ValueError: there is no cache folder to keep the table in.
+    """
+    path = user_table(device)
+    if path is None:
+        raise ValueError(f"{settings.CACHE_DIR.name}: expected a folder to keep measurements in, got none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_suffix(".lock")):
+        merged = {entry.problem: entry for entry in (*load(path), *entries)}
+        ordered = sorted(merged.values(), key=lambda entry: dataclasses.astuple(entry.problem)[1:3] + (entry.problem.m,))
+        _write(path, device, ordered)
+    return path
+
+
+def _write(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:
+    lines = ",\n    ".join(json.dumps(entry.to_json()) for entry in entries)
+    text = f'{{\n  "device": {json.dumps(device.name)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
