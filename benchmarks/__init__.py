@@ -1,0 +1,1 @@
+"""Benchmarks of jax_fp8gemm; README.md here says what is measured and how."""

@@ -1,0 +1,112 @@
+"""DeepGEMM (https://github.com/deepseek-ai/DeepGEMM), where its package and nvcc are installed.
+
+    python -m benchmarks.peers.deepgemm 64 2112 7168      # compiles one shape's kernel into DeepGEMM's cache
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from benchmarks.operands import SCALE_BLOCK, Operands
+from benchmarks.peers.base import Absent, Unsupported
+from benchmarks.peers.torch_peer import TorchPeer, on_device, torch, wait
+from benchmarks.timing import Call
+from benchmarks.workloads import Workload
+
+_CACHE = "DG_JIT_CACHE_DIR"
+_CACHE_DIR = pathlib.Path(os.environ.setdefault(_CACHE, str(pathlib.Path.home() / ".deep_gemm")))
+
+
+def _cuda_home() -> str:
+    """The toolkit's folder; nvcc on the PATH may be a wrapper that lies elsewhere."""
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and os.access(pathlib.Path(home) / "bin" / "nvcc", os.X_OK):
+            return home
+    if nvcc := shutil.which("nvcc"):
+        return str(pathlib.Path(nvcc).resolve().parent.parent)
+    raise Absent("DeepGEMM compiles with nvcc, and there is none: set CUDA_HOME")
+
+
+def _import():
+    os.environ["CUDA_HOME"] = _cuda_home()
+    try:
+        import deep_gemm
+    except Exception as error:  # its import compiles and loads native code, which fails in many ways
+        raise Absent(f"deep_gemm cannot be imported: {type(error).__name__}: {error}") from None
+    return deep_gemm
+
+
+def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scale: torch.Tensor) -> Call:
+    """DeepGEMM's fp8_gemm_nt on device tensors.
+
+    Args:
+      lhs: e4m3 [M, K].
+      lhs_scale: f32 [M, ceil(K/128)].
+      rhs: e4m3 [N, K].
+      rhs_scale: f32 [ceil(N/128), ceil(K/128)].
+
+    Raises:
+      Absent: DeepGEMM or nvcc is not installed.
+      Unsupported: DeepGEMM refuses the shape.
+    """
+    deep_gemm = _import()
+    lhs_scale = deep_gemm.get_mn_major_tma_aligned_tensor(lhs_scale)  # already so in its tests, and outside the timing
+    out = torch.empty((lhs.shape[0], rhs.shape[0]), dtype=torch.bfloat16, device="cuda")
+
+    def run() -> torch.Tensor:
+        deep_gemm.fp8_gemm_nt((lhs, lhs_scale), (rhs, rhs_scale), out, disable_ue8m0_cast=True)
+        return out
+
+    try:
+        wait(run())
+    except RuntimeError as error:
+        raise Unsupported(str(error).splitlines()[0]) from None
+    return Call(run, wait)
+
+
+def _compile_one(m: int, n: int, k: int) -> None:
+    k_blocks, n_blocks = -(-k // SCALE_BLOCK), -(-n // SCALE_BLOCK)
+    fp8 = lambda rows: torch.zeros((rows, k), dtype=torch.float8_e4m3fn, device="cuda")
+    bind(fp8(m), torch.ones((m, k_blocks), device="cuda"), fp8(n), torch.ones((n_blocks, k_blocks), device="cuda"))
+
+
+def _compile_in_process(workload: Workload) -> None:
+    """Fills a cache of its own, then adds it to the common one: DeepGEMM's processes can race for one folder."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", __name__, str(workload.m), str(workload.n), str(workload.k)]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # `bind` will say what is wrong, if anything
+            subprocess.run(command, env={**os.environ, _CACHE: cache}, capture_output=True, timeout=180, check=False)
+        shutil.copytree(cache, _CACHE_DIR, dirs_exist_ok=True)
+
+
+def prepare(workloads: Sequence[Workload]) -> None:
+    """Compiles the kernels of the workloads, in parallel processes: one after the other they take 3 to 4 s each."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_compile_in_process, workloads))
+
+
+class DeepGemm(TorchPeer):
+    title = "DeepGEMM"
+    note = "deep_gemm.fp8_gemm_nt; lhs scales in its own layout beforehand"
+
+    def __init__(self):
+        super().__init__()
+        _import()
+
+    def prepare(self, workloads: Sequence[Workload]) -> None:
+        prepare(workloads)
+
+    def bind(self, operands: Operands) -> Call:
+        return bind(*map(on_device, (operands.lhs, operands.lhs_scale, operands.rhs, operands.rhs_scale)))
+
+
+if __name__ == "__main__":
+    _compile_one(*map(int, sys.argv[1:]))

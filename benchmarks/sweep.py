@@ -1,0 +1,245 @@
+"""Which configuration of the kernel is fastest? Compiles many, checks each, times all of them in one run.
+
+    python -m benchmarks.sweep 64x2112x7168 4096x7168x2048 --top 40 --out sweep.json
+    python -m benchmarks.sweep 64x2112x7168 --configs '[{"block_m": 64, "block_n": 32, "num_stages": 8}]'
+    python -m benchmarks.sweep --tags batch prefill --top 24
+    python -m benchmarks.sweep 7x129280x1536 --check
+
+It needs PyTorch, NVRTC and the GPU, but neither JAX's GPU support nor the compiled module: kernels are launched by
+`raw_launch`. Every configuration's output must be within the error bound, and equal to the first one's bit for bit
+unless it splits K. DeepGEMM is timed among them where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import faulthandler
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+from typing import Any
+
+import torch
+import tqdm
+
+from benchmarks import workloads
+from benchmarks.peers import Absent, Unsupported, deepgemm
+from benchmarks.buffers import BOUNDS, Buffers
+from benchmarks.raw_launch import BoundKernel
+from benchmarks.timing import Call, KernelTimer
+from jax_fp8gemm.jit.choose import choose, ranked
+from jax_fp8gemm.jit.compiler import compile_kernel
+from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.device import Device, find_device
+from jax_fp8gemm.jit.plan import plan_gemm
+from jax_fp8gemm.jit.problem import GemmProblem
+
+_HANG_SECONDS = 20  # a kernel that takes longer waits for a barrier that never comes
+_YARDSTICK = "DeepGEMM"
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A configuration and what became of it.
+
+    Attributes:
+      config: the configuration.
+      cubin: the compiled kernel, None where it did not compile.
+      failure: why it was not timed.
+      bits: "same" as the first configuration's, "differ (split-K)", or "DIFFER".
+      worst_tile: largest relative error of a 128x128 tile.
+    """
+
+    config: GemmConfig
+    cubin: bytes | None = None
+    failure: str | None = None
+    bits: str = ""
+    worst_tile: float | None = None
+    kernel: BoundKernel | None = None
+
+    @property
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self.config))
+
+
+def _compile(problem: GemmProblem, config: GemmConfig) -> bytes | str:
+    """The cubin, or why there is none: runs in a worker process."""
+    try:
+        return compile_kernel(problem, config)
+    except Exception as error:  # a configuration that does not compile is a row of the table, not the end
+        return f"{type(error).__name__}: {error}"
+
+
+def compile_all(jobs: dict[GemmProblem, list[Candidate]], workers: int) -> None:
+    """Compiles every candidate, in parallel processes."""
+    spawn = multiprocessing.get_context("spawn")  # a forked child would share this process's CUDA context
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        futures = {pool.submit(_compile, problem, candidate.config): candidate
+                   for problem, candidates in jobs.items() for candidate in candidates}
+        done = concurrent.futures.as_completed(futures)
+        for future in tqdm.tqdm(done, total=len(futures), desc="compiling", file=sys.stderr, mininterval=1):
+            candidate, result = futures[future], future.result()
+            if isinstance(result, str):
+                candidate.failure = result
+            else:
+                candidate.cubin = result
+
+
+def check(candidate: Candidate, buffers: Buffers, device: Device, expected: torch.Tensor | None) -> torch.Tensor:
+    """Launches a candidate once into a poisoned output and judges it; returns a copy of the output.
+
+    Args:
+      candidate: gets its kernel, error and verdict.
+      buffers: what it works on.
+      device: sets the number of CTAs.
+      expected: the first configuration's output, None for the first itself.
+    """
+    plan = plan_gemm(buffers.problem, candidate.config, candidate.cubin, device.num_sms)
+    # A hanging kernel cannot be stopped from inside, so its name is printed before and the process ends after a while.
+    print(f"  checking {candidate.config}", flush=True)
+    faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
+    candidate.kernel = BoundKernel(plan, buffers.addresses())
+    buffers.poison()
+    candidate.kernel(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    faulthandler.cancel_dump_traceback_later()
+    candidate.worst_tile = buffers.worst_tile()
+    bound = BOUNDS[buffers.problem.out_dtype]
+    if candidate.worst_tile > bound:
+        candidate.failure = f"error {candidate.worst_tile:.2e} of a tile, above {bound:.2e}"
+    if expected is not None and not torch.equal(buffers.out, expected):
+        split = candidate.config.split_k > 1
+        candidate.bits = "differ (split-K)" if split else "DIFFER"
+        if not split:
+            candidate.failure = candidate.failure or "not the first configuration's bits"
+    else:
+        candidate.bits = "same"
+    return buffers.out.clone()
+
+
+def yardstick(buffers: Buffers) -> Call | None:
+    """DeepGEMM on the same buffers; None, with the reason printed, where it cannot run."""
+    problem = buffers.problem
+    plain = dataclasses.replace(GemmProblem(problem.m, problem.n, problem.k), out_dtype=problem.out_dtype)
+    try:
+        if plain != problem or problem.out_dtype != "bf16":
+            raise Unsupported("only one e4m3 GEMM to bf16 with 128x128 weight scales is compared")
+        return deepgemm.bind(buffers.lhs[0], buffers.lhs_scale[0].T, buffers.rhs[0], buffers.rhs_scale[0])
+    except (Absent, Unsupported) as error:
+        print(f"  {_YARDSTICK}: {error}")
+        return None
+
+
+def time_all(candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, repeats: int) -> dict[str, Any]:
+    """Times the candidates that passed, interleaved with DeepGEMM; the samples by candidate key."""
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def call(kernel: BoundKernel) -> Call:
+        return Call(run=lambda: kernel(stream), wait=lambda _: None)
+
+    calls = {c.key: call(c.kernel) for c in candidates if c.failure is None}
+    if peer := yardstick(buffers):
+        calls[_YARDSTICK] = peer
+    return timer(calls, repeats=repeats)
+
+
+def sweep(problem: GemmProblem, candidates: list[Candidate], device: Device, timer: KernelTimer | None,
+          repeats: int) -> list[dict[str, Any]]:
+    """Checks and, with a timer, times a problem's candidates; returns the rows, the fastest first."""
+    print(f"{problem.m}x{problem.n}x{problem.k}", flush=True)
+    buffers, first = Buffers.random(problem), None
+    for candidate in candidates:
+        if candidate.failure is None:
+            out = check(candidate, buffers, device, first)
+            first = out if first is None else first
+    samples = time_all(candidates, buffers, timer, repeats) if timer else {}
+    rows = [{"config": dataclasses.asdict(c.config), "label": str(c.config), "bits": c.bits,
+             "worst_tile": c.worst_tile, "failure": c.failure,
+             **(samples[c.key].summary() if c.key in samples else {})} for c in candidates]
+    if _YARDSTICK in samples:
+        rows.append({"label": _YARDSTICK, **samples[_YARDSTICK].summary()})
+    for candidate in candidates:
+        if candidate.kernel:
+            candidate.kernel.unload()
+    return sorted(rows, key=lambda row: row.get("median_us", float("inf")))
+
+
+def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) -> None:
+    """The fastest rows, DeepGEMM's among them, and every failure."""
+    yard = next((row["median_us"] for row in rows if row["label"] == _YARDSTICK), None)
+    print(f"\n{problem.m}x{problem.n}x{problem.k}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
+    for rank, row in enumerate(rows):
+        if failure := row.get("failure"):
+            print(f"  FAILED  {row['label']}: {failure.splitlines()[0][:160]}")
+        elif "median_us" not in row:
+            print(f"  correct {row['label']}: worst tile {row['worst_tile']:.1e}, bits {row['bits']}")
+        elif rank < limit or row["label"] == _YARDSTICK:
+            ratio = f"{yard / row['median_us']:5.2f}x" if yard else "     -"
+            error = f"{row['worst_tile']:.1e} {row['bits']}" if "config" in row else ""
+            print(f"  {row['median_us']:8.2f} {problem.flops / row['median_us'] / 1e6:7.0f} {ratio}  "
+                  f"{row['label']}  {error}")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", nargs="*", metavar="MxNxK", help="problems to sweep")
+    parser.add_argument("--tags", nargs="+", default=[], choices=workloads.TAGS, help="sweep these workloads too")
+    parser.add_argument("--top", type=int, default=32, help="configurations from the cost model (default 32)")
+    parser.add_argument("--configs", help="JSON list of configurations, or a file of them, instead")
+    parser.add_argument("--out-dtype", choices=("bf16", "f32"), default="bf16")
+    parser.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), default=128)
+    parser.add_argument("--accumulate", action="store_true", help="add to the output (with --out-dtype f32)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--check", action="store_true", help="only check the results, don't time")
+    parser.add_argument("--repeats", type=int, default=20, help="samples per configuration (default 20)")
+    parser.add_argument("--limit", type=int, default=12, help="rows to print per problem (default 12)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all rows, rewritten after each problem")
+    return parser.parse_args()
+
+
+def _configs(problem: GemmProblem, device: Device, arguments: argparse.Namespace) -> list[GemmConfig]:
+    """The given configurations, or what `fp8_gemm` would take followed by the cost model's best."""
+    if text := arguments.configs:
+        source = text if text.lstrip().startswith("[") else pathlib.Path(text).read_text()
+        return [GemmConfig(**fields) for fields in json.loads(source)]
+    chosen = choose(problem, device).config
+    others = [config for config, _ in ranked(problem, device) if config != chosen]
+    return [chosen, *others][: 1 if arguments.check else arguments.top]
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    shapes = [*map(workloads.parse, arguments.shapes), *workloads.select(*arguments.tags)]
+    if not shapes:
+        raise SystemExit("sweep: expected shapes or --tags, got neither")
+    properties = torch.cuda.get_device_properties(0)
+    device = find_device(properties.name, properties.multi_processor_count)
+    jobs = {}
+    for shape in shapes:
+        problem = GemmProblem(shape.m, shape.n, shape.k, batch=arguments.batch, out_dtype=arguments.out_dtype,
+                              rhs_scale_rows=arguments.rhs_scale_rows, accumulate=arguments.accumulate)
+        jobs[problem] = [Candidate(config) for config in _configs(problem, device, arguments)]
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        if not arguments.check:
+            background.submit(deepgemm.prepare, shapes)
+        compile_all(jobs, arguments.workers)
+    timer = None if arguments.check else KernelTimer()
+    results, failed = {}, 0
+    for problem, candidates in jobs.items():
+        rows = sweep(problem, candidates, device, timer, arguments.repeats)
+        results[f"{problem.m}x{problem.n}x{problem.k}"] = rows
+        failed += sum(bool(row.get("failure")) for row in rows)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"device": device.name, "problems": results}, indent=1))
+    for problem, rows in zip(jobs, results.values(), strict=True):
+        print_table(problem, rows, arguments.limit)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
