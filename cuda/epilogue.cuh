@@ -1,0 +1,222 @@
+// Accumulators to global memory, three ways:
+//   store_tile_tma      through shared memory and the copy engine, while the next tile is being computed
+//   store_tile_direct   from registers, where the output's rows are no whole 16 bytes
+//   store_tile_split_k  summed over the CTAs of a cluster, which hold parts of K
+#pragma once
+
+#include "consumer.cuh"
+#include "ptx/copy.cuh"
+
+namespace fp8gemm {
+
+// Byte offset of (row, byte) in a chunk as the copy engine lays it out: 16-byte units permuted within 128, 64 or 32.
+template <int kRowBytes>
+__device__ __forceinline__ u32 swizzled(u32 row, u32 byte) {
+  constexpr u32 kMask = kRowBytes / 16 - 1;
+  const u32 offset = row * kRowBytes + byte;
+  return offset ^ (offset >> 7 & kMask) << 4;
+}
+
+// One chunk of a warpgroup's output, written by its 128 threads: tokens are rows. `i` is the 64-row product, `c` the
+// chunk in it.
+template <class Config, bool kSwapAB = Config::kSwapAB, int kOutBytes = Config::kOutBytes>
+struct ChunkWriter;
+
+template <class Config>
+struct ChunkWriter<Config, false, 2> {
+  using T = Tile<Config>;
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
+    constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
+    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 row = warp * 16 + lane % 16, group = lane / 16;
+#pragma unroll
+    for (int g = 0; g < kGroups; g += 2) {
+      const float* f = &fragment[(c * kGroups + g) * 4];
+      const u32 address = chunk + swizzled<T::kChunkRowBytes>(row, (g + (kGroups > 1 ? group : 0)) * 16);
+      const u32 top = ptx::pack_bf16(f[0], f[1]), bottom = ptx::pack_bf16(f[2], f[3]);
+      if constexpr (kGroups == 1)
+        ptx::store_matrix_x2<false>(address, top, bottom);
+      else
+        ptx::store_matrix_x4<false>(address, top, bottom, ptx::pack_bf16(f[4], f[5]), ptx::pack_bf16(f[6], f[7]));
+    }
+  }
+};
+
+template <class Config>
+struct ChunkWriter<Config, false, 4> {
+  using T = Tile<Config>;
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
+    constexpr int kGroups = T::kChunkColumns / 8 > 0 ? T::kChunkColumns / 8 : 1;
+    const u32 row = threadIdx.x / 32 % 4 * 16 + lane_index() / 4, byte = lane_index() % 4 * 8;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float* f = &fragment[(c * kGroups + g) * 4];
+      ptx::store_shared(chunk + swizzled<T::kChunkRowBytes>(row, g * 32 + byte), f[0], f[1]);
+      ptx::store_shared(chunk + swizzled<T::kChunkRowBytes>(row + 8, g * 32 + byte), f[2], f[3]);
+    }
+  }
+};
+
+template <class Config>
+struct ChunkWriter<Config, true, 2> {
+  using T = Tile<Config>;
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int) {
+    constexpr int kGroups = T::kWarpgroupQ / 8;  // of eight tokens
+    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 token = lane / 16 * 8 + lane % 8, byte = warp * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int g = 0; g + 1 < kGroups; g += 2) {
+      const float* f = &fragment[g * 4];
+      ptx::store_matrix_x4<true>(chunk + swizzled<128>(g * 8 + token, byte), ptx::pack_bf16(f[0], f[1]),
+                                 ptx::pack_bf16(f[2], f[3]), ptx::pack_bf16(f[4], f[5]), ptx::pack_bf16(f[6], f[7]));
+    }
+    if constexpr (kGroups % 2) {
+      const float* f = &fragment[(kGroups - 1) * 4];
+      ptx::store_matrix_x2<true>(chunk + swizzled<128>((kGroups - 1) * 8 + lane % 8, byte), ptx::pack_bf16(f[0], f[1]),
+                                 ptx::pack_bf16(f[2], f[3]));
+    }
+  }
+};
+
+template <class Config>
+struct ChunkWriter<Config, true, 4> {
+  using T = Tile<Config>;
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
+    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 byte = (warp % 2 * 16 + lane / 4) * 4, token = lane % 4 * 2;
+    if (warp / 2 != c) return;  // a chunk holds 32 of the 64 columns: two warps' worth
+#pragma unroll
+    for (int j = 0; j < T::kWarpgroupQ / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        ptx::store_shared(chunk + swizzled<128>(j * 8 + token + e % 2, byte + e / 2 * 32), fragment[4 * j + e]);
+  }
+};
+
+template <class Config>
+__device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
+                               const Scheduler<Config>& scheduler, const TensorMap& map, int warpgroup) {
+  using T = Tile<Config>;
+  const bool leader = threadIdx.x % kWarpgroup == 0;
+  const u32 barrier = 1 + warpgroup;
+  u8* buffers = shared.out + warpgroup * Config::kOutBuffers * T::kChunkBytes;
+  unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
+    constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
+    u8* chunk = buffers + index % Config::kOutBuffers * T::kChunkBytes;
+    if (leader) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer is done
+    ptx::named_barrier(barrier, kWarpgroup);
+    ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c);
+    ptx::fence_proxy_async();
+    ptx::named_barrier(barrier, kWarpgroup);
+    if (leader) {
+      const int p = T::warpgroup_p(warpgroup) + i * kMmaP, q = T::warpgroup_q(warpgroup);
+      const int row = scheduler.m_start + (T::kSwapAB ? q : p);
+      const int column = scheduler.n_start + (T::kSwapAB ? p : q) + c * T::kChunkColumns;
+      if (column < Config::kN) {
+        if constexpr (Config::kAccumulate)
+          ptx::tma_reduce_add(&map, chunk, column, row, scheduler.batch);
+        else
+          ptx::tma_store(&map, chunk, column, row, scheduler.batch);
+      }
+      ptx::tma_store_commit();
+    }
+  });
+}
+
+// Output elements are f32, or bf16 handled as its bits.
+template <class Config>
+__device__ void store_element(void* out, i64 index, float value) {
+  if constexpr (Config::kOutBytes == 4) {
+    float* element = static_cast<float*>(out) + index;
+    *element = Config::kAccumulate ? __fadd_rn(*element, value) : value;
+  } else {
+    static_cast<u16*>(out)[index] = static_cast<u16>(ptx::pack_bf16(value, 0));
+  }
+}
+
+template <class Config>
+__device__ void store_tile_direct(const Accumulators<Config>& accumulators, const Scheduler<Config>& scheduler,
+                                  void* out, int warpgroup) {
+  using T = Tile<Config>;
+  const ThreadPlace<Config> at(warpgroup);
+  const i64 m = scheduler.m;
+#pragma unroll
+  for (int i = 0; i < T::kNumMmaP; ++i)
+#pragma unroll
+    for (int e = 0; e < T::kFragment; ++e) {
+      const int p = at.p + i * kMmaP + e / 2 % 2 * 8, q = at.q + e / 4 * 8 + e % 2;
+      const i64 row = scheduler.m_start + (T::kSwapAB ? q : p), column = scheduler.n_start + (T::kSwapAB ? p : q);
+      if (row < m && column < Config::kN)
+        store_element<Config>(out, (scheduler.batch * m + row) * Config::kN + column, accumulators[i][e]);
+    }
+}
+
+template <class Config>
+__device__ void write_partial(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared, int warpgroup) {
+  using T = Tile<Config>;
+  constexpr int kPitch = SharedStorage<Config>::kPartialPitch;
+  const ThreadPlace<Config> at(warpgroup);
+#pragma unroll
+  for (int i = 0; i < T::kNumMmaP; ++i)
+#pragma unroll
+    for (int e = 0; e < T::kFragment; e += 2) {
+      const int p = at.p + i * kMmaP + e / 2 % 2 * 8, q = at.q + e / 4 * 8;
+      const float a = accumulators[i][e], b = accumulators[i][e + 1];
+      if constexpr (T::kSwapAB) {
+        shared.partial()[q * kPitch + p] = a;
+        shared.partial()[(q + 1) * kPitch + p] = b;
+      } else {
+        ptx::store_shared(shared_address(&shared.partial()[p * kPitch + q]), a, b);
+      }
+    }
+}
+
+// Four neighbouring columns; `whole` says that all of them exist and that their address is aligned.
+template <class Config>
+__device__ void store_four(void* out, i64 index, int columns, float4 v) {
+  constexpr bool kWhole = Config::kN % 4 == 0 && !Config::kAccumulate;
+  if constexpr (kWhole && Config::kOutBytes == 4) {
+    *reinterpret_cast<float4*>(static_cast<float*>(out) + index) = v;
+  } else if constexpr (kWhole) {
+    *reinterpret_cast<uint2*>(static_cast<u16*>(out) + index) =
+        make_uint2(ptx::pack_bf16(v.x, v.y), ptx::pack_bf16(v.z, v.w));
+  } else {
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < columns) store_element<Config>(out, index + i, values[i]);
+  }
+}
+
+// Each CTA of the cluster sums its share of the tile's rows over all of them, in the order of their parts of K.
+template <class Config>
+__device__ void store_tile_split_k(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
+                                   const Scheduler<Config>& scheduler, void* out, int warpgroup) {
+  using T = Tile<Config>;
+  constexpr int kFours = Config::kBlockN / 4, kRows = ceil_div(Config::kBlockM, Config::kSplitK);
+  constexpr int kPitch = SharedStorage<Config>::kPartialPitch;
+  ptx::named_barrier(1, T::kNumConsumerThreads);  // the other warpgroups still read the operands
+  write_partial<Config>(accumulators, shared, warpgroup);
+  ptx::cluster_sync();
+  const int first_row = scheduler.rank * kRows;
+  const i64 m = scheduler.m;
+  for (int index = threadIdx.x; index < kRows * kFours; index += T::kNumConsumerThreads) {
+    const int tile_row = first_row + index / kFours, tile_column = index % kFours * 4;
+    const i64 row = scheduler.m_start + tile_row;
+    const int column = scheduler.n_start + tile_column;
+    if (tile_row >= Config::kBlockM || row >= m || column >= Config::kN) continue;
+    const u32 address = shared_address(&shared.partial()[tile_row * kPitch + tile_column]);
+    float4 parts[Config::kSplitK];
+#pragma unroll
+    for (int s = 0; s < Config::kSplitK; ++s) parts[s] = ptx::load_remote(address, s);
+    float4 sum = parts[0];
+#pragma unroll
+    for (int s = 1; s < Config::kSplitK; ++s) {
+      sum.x = __fadd_rn(sum.x, parts[s].x), sum.y = __fadd_rn(sum.y, parts[s].y);
+      sum.z = __fadd_rn(sum.z, parts[s].z), sum.w = __fadd_rn(sum.w, parts[s].w);
+    }
+    store_four<Config>(out, (scheduler.batch * m + row) * Config::kN + column, Config::kN - column, sum);
+  }
+}
+
+}  // namespace fp8gemm

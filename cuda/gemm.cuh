@@ -1,0 +1,91 @@
+// The GEMM kernel: wires scheduler, producer, consumer and epilogue. README.md has the pipeline's figure.
+//
+// One warpgroup loads (a thread for the operands, a warp for the scales) and gives its registers to the
+// Config::kNumConsumers warpgroups that multiply.
+#pragma once
+
+#include "epilogue.cuh"
+#include "producer.cuh"
+
+namespace fp8gemm {
+
+// The 64K registers of a multiprocessor, divided by role; setmaxnreg takes multiples of eight. With one consumer the
+// launch bound alone leaves each thread its 255.
+template <int kNumConsumers>
+struct Registers;
+template <>
+struct Registers<2> {
+  static constexpr int kProducer = 40, kConsumer = 232;
+};
+template <>
+struct Registers<3> {
+  static constexpr int kProducer = 56, kConsumer = 152;
+};
+
+template <class Config>
+__device__ void produce(SharedStorage<Config>& shared, const TensorMap& lhs_map, const TensorMap& rhs_map,
+                        const float* lhs_scale, const float* rhs_scale, u32 m, u32 num_batches) {
+  const int warp = threadIdx.x / 32 % 4;
+  if (warp == 0) {
+    if (elect_one()) produce_operands<Config>(shared, lhs_map, rhs_map, m, num_batches);
+  } else if (warp == 1) {
+    produce_scales<Config>(shared, lhs_scale, rhs_scale, m, num_batches);
+  }
+  __syncwarp();
+  if constexpr (Config::kSplitK > 1) ptx::cluster_sync();  // the partial sums are written: see the consumers
+}
+
+template <class Config>
+__device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map, void* out, u32 m, u32 num_batches) {
+  Scheduler<Config> scheduler(m, num_batches);
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  Pipeline<Config> pipeline(shared);
+  Accumulators<Config> accumulators;
+  if constexpr (Config::kSplitK > 1) {
+    scheduler.next();  // a cluster has one tile: its ring becomes the partial sums
+    accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
+    store_tile_split_k<Config>(accumulators, shared, scheduler, out, warpgroup);
+  } else {
+    while (scheduler.next()) {
+      accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
+      if constexpr (Config::kTmaStore)
+        store_tile_tma<Config>(accumulators, shared, scheduler, out_map, warpgroup);
+      else
+        store_tile_direct<Config>(accumulators, scheduler, out, warpgroup);
+    }
+    if constexpr (Config::kTmaStore)  // shared memory lives until it has been read
+      if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait_read<0>();
+  }
+}
+
+template <class Config>
+__device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const TensorMap& out_map,
+                     const float* lhs_scale, const float* rhs_scale, void* out, u32 m, u32 num_batches) {
+  using T = Tile<Config>;
+  static_assert(sizeof(SharedStorage<Config>) == Config::kSharedBytes, "jit/config.py counts shared memory otherwise");
+  extern __shared__ __align__(1024) u8 shared_bytes[];
+  auto& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&lhs_map);
+    ptx::prefetch_tensor_map(&rhs_map);
+    if constexpr (Config::kTmaStore) ptx::prefetch_tensor_map(&out_map);
+    Pipeline<Config>::init(shared);
+  }
+  if constexpr (T::kClusterSize > 1)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
+
+  if (threadIdx.x >= T::kNumConsumerThreads) {
+    if constexpr (Config::kNumConsumers > 1) ptx::register_limit_lower<Registers<Config::kNumConsumers>::kProducer>();
+    produce<Config>(shared, lhs_map, rhs_map, lhs_scale, rhs_scale, m, num_batches);
+  } else {
+    if constexpr (Config::kNumConsumers > 1) ptx::register_limit_raise<Registers<Config::kNumConsumers>::kConsumer>();
+    consume<Config>(shared, out_map, out, m, num_batches);
+  }
+  // Other CTAs of the cluster may still write to this one's shared memory, arrive at its barriers or read its sums.
+  if constexpr (T::kClusterSize > 1) ptx::cluster_sync();
+}
+
+}  // namespace fp8gemm

@@ -1,0 +1,1 @@
+"""From the static facts of a call to a launchable kernel: problem -> config -> source -> cubin -> launch plan."""

@@ -1,0 +1,56 @@
+"""What follows from a configuration: the warpgroups' parts of a tile and the shared memory of a CTA.
+
+The host's half of `cuda/tile.cuh` and `cuda/smem.cuh`; the kernel asserts that both count the same shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem
+
+if TYPE_CHECKING:
+    from jax_fp8gemm.jit.config import GemmConfig
+
+MMA_P = 64  # rows of a wgmma's M side
+_STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def tile_pq(config: GemmConfig) -> tuple[int, int]:
+    """The tile along wgmma's M side (P) and its N side (Q)."""
+    return (config.block_n, config.block_m) if config.swap_ab else (config.block_m, config.block_n)
+
+
+def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
+    """A consumer's part of the tile along P and Q: they share P where it has enough rows, Q otherwise."""
+    p, q = tile_pq(config)
+    if p // MMA_P % config.num_consumers == 0:
+        return p // config.num_consumers, q
+    return p, q // config.num_consumers
+
+
+def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
+    """Rows of the output and bytes of each that one TMA store writes."""
+    _, q = warpgroup_tile(config)
+    if config.swap_ab:
+        return q, 128
+    return MMA_P, math.gcd(q * problem.out_item_bytes, 128)
+
+
+def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
+    """Shared memory of a CTA, in bytes: `SharedStorage` in cuda/smem.cuh."""
+    stage = (config.block_m + config.block_n) * SCALE_BLOCK
+    staging = 1
+    if problem.out_is_tma_aligned and config.split_k == 1:
+        rows, row_bytes = out_chunk(problem, config)
+        staging = config.num_consumers * config.out_buffers * rows * row_bytes
+    rhs_scales = config.block_n if problem.rhs_scale_rows == 1 else 4
+    scales = config.num_stages * 4 * (config.block_m + rhs_scales)
+    barriers = config.num_stages * 2 * 8
+    total = _round_up(config.num_stages * stage + staging, 16) + scales + barriers
+    return _round_up(total, _STAGE_ALIGNMENT)
