@@ -50,7 +50,7 @@ def build(problem: GemmProblem, config: GemmConfig | None = None, *, num_sms: in
     Args:
       problem: the call.
       config: the configuration; by default that of `override`, else a measured winner, else the cost model's.
-      num_sms: SMs that the kernel may use; None: all.
+      num_sms: SMs that the kernel may use; by default what `settings.num_sms()` says.
       device: the GPU to build for; by default the one that JAX runs on, or an H200 where it has none.
 
     Raises:
@@ -58,7 +58,7 @@ def build(problem: GemmProblem, config: GemmConfig | None = None, *, num_sms: in
       CompileError: the kernel does not compile.
       RuntimeError: there is no compiler; the message says what to install.
     """
-    device = (device or current_device()).limited_to(num_sms)
+    device = (device or current_device()).limited_to(num_sms or settings.num_sms())
     choice = _choose(problem, config, device)
     if settings.print_config():
         print(f"jax_fp8gemm: {describe(problem)}: {choice.config} ({choice.source})", file=sys.stderr)

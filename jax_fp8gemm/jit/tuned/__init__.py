@@ -123,21 +123,13 @@ def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
     return None
 
 
-def add(device: Device, entries: list[Entry]) -> pathlib.Path:
-    """Adds measurements to the user's table; a problem that it has already gets the new winner.
-
-    Raises:
-      ValueError: there is no cache folder to keep the table in.
-    """
-    path = user_table(device)
-    if path is None:
-        raise ValueError(f"{settings.CACHE_DIR.name}: expected a folder to keep measurements in, got none")
+def add(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:
+    """Adds measurements on `device` to the table at `path`; a problem that it has already gets the new winner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         merged = {entry.problem: entry for entry in (*load(path), *entries)}
-        ordered = sorted(merged.values(), key=lambda entry: dataclasses.astuple(entry.problem)[1:3] + (entry.problem.m,))
+        ordered = sorted(merged.values(), key=lambda entry: (entry.problem.n, entry.problem.k, entry.problem.m))
         _write(path, device, ordered)
-    return path
 
 
 def _write(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:

@@ -1,0 +1,99 @@
+"""Times launch plans on the GPU, the way a model would run them: chained in one jitted program, operands cold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fp8gemm import ffi
+from jax_fp8gemm.jit.launch import LaunchPlan
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
+
+CHAIN_BYTES = 400e6  # that the calls of a chain read: several times the 50 MB of a Hopper L2
+MEMORY_BYTES = 4e9  # at most, of large operands
+MIN_CALLS, MAX_CALLS = 8, 64
+NUM_WARMUPS = 3  # XLA records its CUDA graph in the first runs
+
+DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "bf16": jnp.bfloat16, "f32": jnp.float32}
+
+Sampler = Callable[[], float]
+
+
+def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Sampler]:
+    """For each plan a function that runs it once more and returns the seconds per GEMM.
+
+    A run is a chain of GEMMs in one program. Each reads operands of its own, and all together more than L2 holds, so
+    that none finds its weights there (where MAX_CALLS of them are enough for that). The time is the host's, for the whole chain: the few microseconds of starting
+    it are the same for all plans.
+    """
+    ffi.register()
+    operands = [_operands(problem, seed) for seed in range(_num_calls(problem))]
+    return [_sampler(problem, plan, operands) for plan in plans]
+
+
+def _operand_batches(problem: GemmProblem) -> tuple[int, int]:
+    return problem.batch if problem.lhs_batched else 1, problem.batch if problem.rhs_batched else 1
+
+
+def _num_calls(problem: GemmProblem) -> int:
+    lhs_batch, rhs_batch = _operand_batches(problem)
+    size = (lhs_batch * problem.m + rhs_batch * problem.n) * problem.k
+    return int(max(1, min(MEMORY_BYTES // size, max(MIN_CALLS, min(CHAIN_BYTES // size, MAX_CALLS)))))
+
+
+def _operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
+    """Random values and scales, since power depends on the data; scales of single rows come as [B, Kb, rows]."""
+    rng, k_blocks = np.random.default_rng(seed), problem.num_k_blocks
+    lhs_batch, rhs_batch = _operand_batches(problem)
+
+    def values(batch: int, rows: int, dtype: str) -> jax.Array:
+        key = jax.random.key(rng.integers(2**31))
+        return jax.random.normal(key, (batch, rows, problem.k), jnp.bfloat16).astype(DTYPES[dtype])
+
+    def scales(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.uniform(0.5, 1.5, shape).astype(np.float32))
+
+    rhs_scale = (scales(rhs_batch, k_blocks, problem.n) if problem.rhs_scale_rows == 1 else
+                 scales(rhs_batch, ceil_div(problem.n, SCALE_BLOCK), k_blocks))
+    return [values(lhs_batch, problem.m, problem.lhs_dtype), scales(lhs_batch, k_blocks, problem.m),
+            values(rhs_batch, problem.n, problem.rhs_dtype), rhs_scale]
+
+
+def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Sampler:
+    row_major, rows_fastest = (0, 1, 2), (0, 2, 1)
+    out_type = jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), DTYPES[problem.out_dtype])
+    rhs_per_row = problem.rhs_scale_rows == 1
+    layouts = [row_major, rows_fastest, row_major, rows_fastest if rhs_per_row else row_major]
+    # A side effect keeps results that nobody reads. They share one buffer, so that XLA runs the calls one by one.
+    call = jax.ffi.ffi_call(
+        ffi.TARGET, out_type, input_layouts=layouts + [row_major] * problem.accumulate, output_layouts=row_major,
+        input_output_aliases={4: 0} if problem.accumulate else None, has_side_effect=True)
+
+    def gemm(lhs, lhs_scale, rhs, rhs_scale, *accumulator):
+        rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if rhs_per_row else rhs_scale
+        return call(lhs, jnp.swapaxes(lhs_scale, 1, 2), rhs, rhs_scale, *accumulator, **plan.attributes())
+
+    def chain(operands, accumulator):
+        for arrays in operands:
+            out = gemm(*arrays, *accumulator)
+            accumulator = (out,) * problem.accumulate
+        return out
+
+    run = jax.jit(chain, donate_argnums=1)
+    accumulator = (jnp.zeros(out_type.shape, out_type.dtype),) * problem.accumulate
+
+    def sample() -> float:
+        nonlocal accumulator
+        start = time.perf_counter()
+        out = jax.block_until_ready(run(operands, accumulator))
+        elapsed = time.perf_counter() - start
+        accumulator = (out,) * problem.accumulate
+        return elapsed / len(operands)
+
+    for _ in range(NUM_WARMUPS):
+        sample()
+    return sample
