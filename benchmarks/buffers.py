@@ -45,23 +45,23 @@ class Buffers:
     out: torch.Tensor
 
     @classmethod
-    def random(cls, problem: GemmProblem, seed: int = 0) -> Buffers:
+    def random(cls, problem: GemmProblem, seed: int = 0, device: str = "cuda") -> Buffers:
         """Values as quantised normal data has them, positive random scales."""
-        rng = torch.Generator("cuda").manual_seed(seed)
+        rng = torch.Generator(device).manual_seed(seed)
 
         def values(batched: bool, rows: int, dtype: str) -> torch.Tensor:
             shape = (problem.batch if batched else 1, rows, problem.k)
-            normal = torch.randn(shape, generator=rng, device="cuda") * (_AMAX / 2.7)
+            normal = torch.randn(shape, generator=rng, device=device) * (_AMAX / 2.7)
             return normal.clamp_(-_AMAX, _AMAX).to(_FP8[dtype])
 
         def scales(batched: bool, *shape: int) -> torch.Tensor:
-            uniform = torch.rand((problem.batch if batched else 1, *shape), generator=rng, device="cuda")
+            uniform = torch.rand((problem.batch if batched else 1, *shape), generator=rng, device=device)
             return uniform * (1.5 / _AMAX) + 0.5 / _AMAX
 
         m, n, k_blocks = problem.m, problem.n, problem.num_k_blocks
         out_shape = (problem.batch, m, n)
-        initial = (torch.randn(out_shape, generator=rng, device="cuda") if problem.accumulate
-                   else torch.full(out_shape, math.nan, dtype=_OUT[problem.out_dtype], device="cuda"))
+        initial = (torch.randn(out_shape, generator=rng, device=device) if problem.accumulate
+                   else torch.full(out_shape, math.nan, dtype=_OUT[problem.out_dtype], device=device))
         return cls(
             problem,
             lhs=values(problem.lhs_batched, m, problem.lhs_dtype),

@@ -59,3 +59,23 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
         rhs=_values(rng, workload.n, workload.k),
         rhs_scale=_scales(rng, -(-workload.n // SCALE_BLOCK), k_blocks),
     )
+
+
+def dequantized_product(operands: Operands, rows: np.ndarray, uses_scales: bool = True) -> np.ndarray:
+    """f32 [len(rows), N]: those rows of the product of the dequantised operands, or of their bare values."""
+    n, k = operands.workload.n, operands.workload.k
+    lhs, rhs = _to_f32(operands.lhs[rows]), _to_f32(operands.rhs)
+    if uses_scales:
+        lhs *= np.repeat(operands.lhs_scale[rows], SCALE_BLOCK, axis=1)[:, :k]
+        rhs *= np.repeat(np.repeat(operands.rhs_scale, SCALE_BLOCK, axis=0)[:n], SCALE_BLOCK, axis=1)[:, :k]
+    return lhs @ rhs.T
+
+
+def _to_f32(bits: np.ndarray) -> np.ndarray:
+    every_value = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return every_value[bits]
+
+
+def relative_error(out: np.ndarray, reference: np.ndarray) -> float:
+    """||out - reference|| / ||reference||, 2-norms; NaN where `out` has one."""
+    return float(np.linalg.norm(out - reference) / np.linalg.norm(reference))

@@ -17,26 +17,25 @@ import concurrent.futures
 import dataclasses
 import faulthandler
 import json
-import multiprocessing
-import os
 import pathlib
-import sys
 from typing import Any
 
 import torch
-import tqdm
 
 from benchmarks import workloads
-from benchmarks.peers import Absent, Unsupported, deepgemm
 from benchmarks.buffers import BOUNDS, Buffers
+from benchmarks.peers import Absent, Unsupported, deepgemm
 from benchmarks.raw_launch import BoundKernel
 from benchmarks.timing import Call, KernelTimer
+from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import choose, ranked
-from jax_fp8gemm.jit.compiler import compile_kernel
+from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, find_device
 from jax_fp8gemm.jit.plan import plan_gemm
 from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.toolchain import CompileError
+from jax_fp8gemm.jit.warmup import compile_all
 
 _HANG_SECONDS = 20  # a kernel that takes longer waits for a barrier that never comes
 _YARDSTICK = "DeepGEMM"
@@ -66,27 +65,15 @@ class Candidate:
         return json.dumps(dataclasses.asdict(self.config))
 
 
-def _compile(problem: GemmProblem, config: GemmConfig) -> bytes | str:
-    """The cubin, or why there is none: runs in a worker process."""
-    try:
-        return compile_kernel(problem, config)
-    except Exception as error:  # a configuration that does not compile is a row of the table, not the end
-        return f"{type(error).__name__}: {error}"
-
-
-def compile_all(jobs: dict[GemmProblem, list[Candidate]], workers: int) -> None:
-    """Compiles every candidate, in parallel processes."""
-    spawn = multiprocessing.get_context("spawn")  # a forked child would share this process's CUDA context
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = {pool.submit(_compile, problem, candidate.config): candidate
-                   for problem, candidates in jobs.items() for candidate in candidates}
-        done = concurrent.futures.as_completed(futures)
-        for future in tqdm.tqdm(done, total=len(futures), desc="compiling", file=sys.stderr, mininterval=1):
-            candidate, result = futures[future], future.result()
-            if isinstance(result, str):
-                candidate.failure = result
-            else:
-                candidate.cubin = result
+def compile_candidates(jobs: dict[GemmProblem, list[Candidate]], num_threads: int | None) -> None:
+    """Compiles every candidate of every problem, in parallel."""
+    pairs = [(problem, candidate) for problem, candidates in jobs.items() for candidate in candidates]
+    results = compile_all([(problem, candidate.config) for problem, candidate in pairs], num_threads=num_threads)
+    for (_, candidate), result in zip(pairs, results, strict=True):
+        if isinstance(result, CompileError):  # a row of the table, not the end of the sweep
+            candidate.failure = str(result)
+        else:
+            candidate.cubin = result
 
 
 def check(candidate: Candidate, buffers: Buffers, device: Device, expected: torch.Tensor | None) -> torch.Tensor:
@@ -150,7 +137,7 @@ def time_all(candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, 
 def sweep(problem: GemmProblem, candidates: list[Candidate], device: Device, timer: KernelTimer | None,
           repeats: int) -> list[dict[str, Any]]:
     """Checks and, with a timer, times a problem's candidates; returns the rows, the fastest first."""
-    print(f"{problem.m}x{problem.n}x{problem.k}", flush=True)
+    print(describe(problem), flush=True)
     buffers, first = Buffers.random(problem), None
     for candidate in candidates:
         if candidate.failure is None:
@@ -171,7 +158,7 @@ def sweep(problem: GemmProblem, candidates: list[Candidate], device: Device, tim
 def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) -> None:
     """The fastest rows, DeepGEMM's among them, and every failure."""
     yard = next((row["median_us"] for row in rows if row["label"] == _YARDSTICK), None)
-    print(f"\n{problem.m}x{problem.n}x{problem.k}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
+    print(f"\n{describe(problem)}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
     for rank, row in enumerate(rows):
         if failure := row.get("failure"):
             print(f"  FAILED  {row['label']}: {failure.splitlines()[0][:160]}")
@@ -182,6 +169,17 @@ def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) ->
             error = f"{row['worst_tile']:.1e} {row['bits']}" if "config" in row else ""
             print(f"  {row['median_us']:8.2f} {problem.flops / row['median_us'] / 1e6:7.0f} {ratio}  "
                   f"{row['label']}  {error}")
+
+
+def write_winners(path: pathlib.Path, device: Device, results: dict[GemmProblem, list[dict[str, Any]]]) -> None:
+    """The fastest configuration of each problem, as a table of measured winners (`jax_fp8gemm/jit/tuned`)."""
+    entries = []
+    for problem, rows in results.items():
+        timed = [row for row in rows if "config" in row and "median_us" in row]
+        if timed:
+            entry = tuned.Entry(problem, GemmConfig(**timed[0]["config"]), timed[0]["median_us"])
+            entries.append(entry.to_json())
+    path.write_text(json.dumps({"device": device.name, "entries": entries}, indent=1) + "\n")
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -197,8 +195,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only check the results, don't time")
     parser.add_argument("--repeats", type=int, default=20, help="samples per configuration (default 20)")
     parser.add_argument("--limit", type=int, default=12, help="rows to print per problem (default 12)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--threads", type=int, help="kernels compiled at a time (default: one for each core)")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for all rows, rewritten after each problem")
+    parser.add_argument("--winners", type=pathlib.Path, help="JSON file for the table of measured winners")
     return parser.parse_args()
 
 
@@ -227,16 +226,19 @@ def main() -> int:
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         if not arguments.check:
             background.submit(deepgemm.prepare, shapes)
-        compile_all(jobs, arguments.workers)
+        compile_candidates(jobs, arguments.threads)
     timer = None if arguments.check else KernelTimer()
     results, failed = {}, 0
     for problem, candidates in jobs.items():
         rows = sweep(problem, candidates, device, timer, arguments.repeats)
-        results[f"{problem.m}x{problem.n}x{problem.k}"] = rows
+        results[problem] = rows
         failed += sum(bool(row.get("failure")) for row in rows)
         if arguments.out:
-            arguments.out.write_text(json.dumps({"device": device.name, "problems": results}, indent=1))
-    for problem, rows in zip(jobs, results.values(), strict=True):
+            named = {describe(problem): rows for problem, rows in results.items()}
+            arguments.out.write_text(json.dumps({"device": device.name, "problems": named}, indent=1))
+        if arguments.winners:
+            write_winners(arguments.winners, device, results)
+    for problem, rows in results.items():
         print_table(problem, rows, arguments.limit)
     return 1 if failed else 0
 

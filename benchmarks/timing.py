@@ -97,7 +97,8 @@ def _record(work: Callable[[], None]) -> list[Activity]:
     import torch
     from torch.autograd import DeviceType
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
     return [Activity(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())

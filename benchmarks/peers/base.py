@@ -36,8 +36,16 @@ class Peer(abc.ABC):
     note: str
     uses_scales: bool = True
 
-    def prepare(self, workloads: Sequence[Workload]) -> None:
-        """Compiles what the workloads need, in parallel, so that `bind` is quick."""
+    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
+        """Compiles what the workloads need, in parallel, so that `bind` is quick.
+
+        Args:
+          workloads: what will be bound.
+          calls: GEMMs in a program: 1 for `bind`, others for `bind_program`.
+
+        Raises:
+          Absent: it turns out that the peer cannot be built here.
+        """
 
     @abc.abstractmethod
     def bind(self, operands: Operands) -> Call:
@@ -52,5 +60,5 @@ class Peer(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def to_host(self, result: Any) -> np.ndarray:
-        """The result of a call as f32 [M, N]."""
+    def to_host(self, result: Any, rows: np.ndarray) -> np.ndarray:
+        """Some rows of a call's result as f32 [len(rows), N]."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from benchmarks.operands import Operands
 from benchmarks.peers.base import Absent, Unsupported
-from benchmarks.peers.deepgemm import _cuda_home as cuda_home
+from benchmarks.peers.toolkit import cuda_home
 from benchmarks.peers.torch_peer import TorchPeer, on_device, torch, wait
 from benchmarks.timing import Call, wall_time
 from benchmarks.workloads import Workload
@@ -118,9 +118,10 @@ class CutlassBlock(TorchPeer):
 
     def __init__(self):
         super().__init__()
-        _cutlass_source(), cuda_home()
+        _cutlass_source()
+        cuda_home()
 
-    def prepare(self, workloads: Sequence[Workload]) -> None:
+    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
         with concurrent.futures.ThreadPoolExecutor(len(VARIANTS)) as pool:
             list(pool.map(_load, VARIANTS))
 

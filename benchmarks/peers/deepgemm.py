@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from benchmarks.operands import SCALE_BLOCK, Operands
 from benchmarks.peers.base import Absent, Unsupported
+from benchmarks.peers.toolkit import cuda_home
 from benchmarks.peers.torch_peer import TorchPeer, on_device, torch, wait
 from benchmarks.timing import Call
 from benchmarks.workloads import Workload
@@ -25,18 +26,8 @@ _CACHE = "DG_JIT_CACHE_DIR"
 _CACHE_DIR = pathlib.Path(os.environ.setdefault(_CACHE, str(pathlib.Path.home() / ".deep_gemm")))
 
 
-def _cuda_home() -> str:
-    """The toolkit's folder; nvcc on the PATH may be a wrapper that lies elsewhere."""
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
-        if home and os.access(pathlib.Path(home) / "bin" / "nvcc", os.X_OK):
-            return home
-    if nvcc := shutil.which("nvcc"):
-        return str(pathlib.Path(nvcc).resolve().parent.parent)
-    raise Absent("DeepGEMM compiles with nvcc, and there is none: set CUDA_HOME")
-
-
 def _import():
-    os.environ["CUDA_HOME"] = _cuda_home()
+    os.environ["CUDA_HOME"] = str(cuda_home())
     try:
         import deep_gemm
     except Exception as error:  # its import compiles and loads native code, which fails in many ways
@@ -58,7 +49,6 @@ def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scal
       Unsupported: DeepGEMM refuses the shape.
     """
     deep_gemm = _import()
-    lhs_scale = deep_gemm.get_mn_major_tma_aligned_tensor(lhs_scale)  # already so in its tests, and outside the timing
     out = torch.empty((lhs.shape[0], rhs.shape[0]), dtype=torch.bfloat16, device="cuda")
 
     def run() -> torch.Tensor:
@@ -66,6 +56,7 @@ def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scal
         return out
 
     try:
+        lhs_scale = deep_gemm.get_mn_major_tma_aligned_tensor(lhs_scale)  # its own layout, outside the timing
         wait(run())
     except RuntimeError as error:
         raise Unsupported(str(error).splitlines()[0]) from None
@@ -88,7 +79,12 @@ def _compile_in_process(workload: Workload) -> None:
 
 
 def prepare(workloads: Sequence[Workload]) -> None:
-    """Compiles the kernels of the workloads, in parallel processes: one after the other they take 3 to 4 s each."""
+    """Compiles the kernels of the workloads, in parallel processes: one after the other they take 3 to 4 s each.
+
+    Raises:
+      Absent: DeepGEMM or nvcc is not installed.
+    """
+    _import()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_compile_in_process, workloads))
 
@@ -101,7 +97,7 @@ class DeepGemm(TorchPeer):
         super().__init__()
         _import()
 
-    def prepare(self, workloads: Sequence[Workload]) -> None:
+    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
         prepare(workloads)
 
     def bind(self, operands: Operands) -> Call:

@@ -20,8 +20,6 @@ from benchmarks.timing import Call
 from benchmarks.workloads import Workload
 from jax_fp8gemm import ScaledArray, fp8_gemm
 
-PROGRAM_CALLS = 20  # GEMMs of one jitted program, where wall time is measured
-
 
 def _gpu() -> jax.Device:
     try:
@@ -62,9 +60,10 @@ class JaxPeer(Peer):
             self._compiled[key] = jitted.lower((structs,) * calls).compile()
         return self._compiled[key]
 
-    def prepare(self, workloads: Sequence[Workload]) -> None:
+    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
+        jobs = [(workload, number) for number in calls for workload in workloads]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda w: self._compile(w, 1), workloads))
+            list(pool.map(lambda job: self._compile(*job), jobs))
 
     def bind(self, operands: Operands) -> Call:
         return self._call(operands, 1)
@@ -80,8 +79,8 @@ class JaxPeer(Peer):
         sets = jax.block_until_ready(sets)
         return Call(run=lambda: compiled(sets), wait=jax.block_until_ready)
 
-    def to_host(self, result: Any) -> np.ndarray:
-        return np.asarray(result[0]).astype(np.float32)
+    def to_host(self, result: Any, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(result[0][rows].astype(jnp.float32))
 
     def _put(self, host: np.ndarray, layout: Format | None = None) -> jax.Array:
         return jax.device_put(host, layout or self._device)

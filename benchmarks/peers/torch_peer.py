@@ -33,5 +33,5 @@ class TorchPeer(Peer):
         if torch.cuda.get_device_capability() != (9, 0):
             raise Absent(f"it needs a Hopper GPU, this is a {torch.cuda.get_device_name()}")
 
-    def to_host(self, result: torch.Tensor) -> np.ndarray:
-        return result.float().cpu().numpy()
+    def to_host(self, result: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+        return result[torch.from_numpy(rows).cuda()].float().cpu().numpy()

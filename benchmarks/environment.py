@@ -1,0 +1,68 @@
+"""Where and when a measurement was made: what stands at the top of every JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+SCHEMA = 1  # of the JSON files; a change that old readers misread counts it up
+RESULTS = pathlib.Path(__file__).parent / "results"
+_PACKAGES = ("jax_fp8gemm", "jax", "jaxlib", "jax-cuda13-plugin", "torch", "triton", "deep_gemm",
+             "tokenspeed-deepgemm", "nvidia-cutlass", "nvidia-cublas", "nvidia-cuda-nvrtc", "numpy")
+
+
+def _output(*command: str) -> str:
+    """A command's first line of output, empty where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True,
+                              cwd=pathlib.Path(__file__).parent)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().split("\n")[0]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe(kind: str) -> dict[str, Any]:
+    """The head of a JSON file: kind of benchmark, date, GPU, driver, versions, commit."""
+    gpu, _, driver = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = "+changes" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return {"schema": SCHEMA, "kind": kind, "complete": False,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "gpu": gpu or "none", "driver": driver or "none", "versions": _versions(),
+            "commit": commit + changed or "unknown"}
+
+
+def write(path: pathlib.Path, report: dict[str, Any]) -> None:
+    """Replaces the file in one step, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read(path: pathlib.Path, kind: str) -> dict[str, Any]:
+    """A report of a benchmark.
+
+    Raises:
+      ValueError: the file is of another kind or schema.
+    """
+    report = json.loads(path.read_text())
+    found = report.get("kind"), report.get("schema")
+    if found != (kind, SCHEMA):
+        raise ValueError(f"{path}: expected a report of kind {kind!r} with schema {SCHEMA}, got {found}")
+    return report
