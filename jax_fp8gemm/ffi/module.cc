@@ -23,7 +23,8 @@ NB_MODULE(_ffi, module) {
     type["type_info"] = nb::capsule(&Kernel::info);
     return type;
   });
-  module.def("describe_plan", &DescribePlan, nb::arg("entry"), nb::arg("launch"), nb::arg("arguments"));
+  module.def("describe_plan", &DescribePlan, nb::arg("entry"), nb::arg("launch").noconvert(),
+             nb::arg("arguments").noconvert());
 }
 
 }  // namespace jax_fp8gemm

@@ -23,13 +23,12 @@ ffi::ErrorOr<std::unique_ptr<Kernel>> InstantiateKernel(std::string_view cubin, 
   return Kernel::Create(cubin, *std::move(plan));
 }
 
-ffi::Error InitializeKernel(CUstream stream, int32_t device, Kernel* kernel, ffi::Dictionary, ffi::RemainingArgs,
-                            ffi::RemainingRets) {
+ffi::Error InitializeKernel(CUstream stream, int32_t device, Kernel* kernel) {
   return kernel->Prepare(device, stream);
 }
 
-ffi::Error ExecuteKernel(CUstream stream, int32_t device, const Kernel* kernel, ffi::Dictionary,
-                         ffi::RemainingArgs operands, ffi::RemainingRets results) {
+ffi::Error ExecuteKernel(CUstream stream, int32_t device, const Kernel* kernel, ffi::RemainingArgs operands,
+                         ffi::RemainingRets results) {
   std::vector<Buffer> buffers;
   buffers.reserve(operands.size() + results.size());
   for (size_t i = 0; i < operands.size(); ++i) {
@@ -60,16 +59,13 @@ XLA_FFI_Error* Instantiate(XLA_FFI_CallFrame* frame) {
   return handler(frame);
 }
 
-// The later stages take the attributes as a dictionary, undecoded: the kernel has the plan.
+// The later stages bind no attributes: the kernel has the plan.
 XLA_FFI_Error* Initialize(XLA_FFI_CallFrame* frame) {
   XLA_FFI_DEFINE_HANDLER(handler, InitializeKernel,
                          ffi::Ffi::BindInitialize()
                              .Ctx<ffi::PlatformStream<CUstream>>()
                              .Ctx<ffi::DeviceOrdinal>()
-                             .Ctx<ffi::State<Kernel>>()
-                             .Attrs()
-                             .RemainingArgs()
-                             .RemainingRets());
+                             .Ctx<ffi::State<Kernel>>());
   return handler(frame);
 }
 
@@ -79,7 +75,6 @@ XLA_FFI_Error* Execute(XLA_FFI_CallFrame* frame) {
                              .Ctx<ffi::PlatformStream<CUstream>>()
                              .Ctx<ffi::DeviceOrdinal>()
                              .Ctx<ffi::State<Kernel>>()
-                             .Attrs()
                              .RemainingArgs()
                              .RemainingRets(),
                          {ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,78 @@
+"""The wheel: what is in it, and that it imports where there is no GPU, no driver and no repository."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = {".py", ".cuh", ".json"}
+
+
+def run(*command, **options):
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500, **options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder with nothing but the wheel's content."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def files(folder, *suffixes):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in suffixes}
+
+
+def test_contents(site):
+    package = site / "jax_fp8gemm"
+    assert files(package, ".py", ".json") == files(ROOT / "jax_fp8gemm", ".py", ".json")
+    assert files(package / "cuda", ".cuh") == files(ROOT / "cuda", ".cuh") != set()
+    others = {path.relative_to(package) for path in package.rglob("*.*") if path.suffix not in SOURCES}
+    assert {(str(path.parent), path.name.split(".")[0]) for path in others} == {("ffi", "_ffi")}
+    assert len(list(site.glob("*.dist-info/licenses/LICENSE"))) == 1
+
+
+def test_stable_abi(wheel):
+    """Python 3.12 and newer share a wheel."""
+    expected = "cp312-abi3" if sys.version_info >= (3, 12) else "cp311-cp311"
+    assert f"-{expected}-" in wheel.name
+
+
+def test_imports_without_a_driver(site):
+    """In a clean interpreter: the module loads and registers, and neither links nor opens libcuda."""
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jax_fp8gemm import ffi
+assert ffi.__file__.startswith(sys.argv[1]), ffi.__file__
+ffi.register()
+from jax_fp8gemm.ffi import _ffi
+assert _ffi.__file__.startswith(sys.argv[1]), _ffi.__file__
+print("libcuda" in open("/proc/self/maps").read())
+"""
+    out = run(sys.executable, "-I", "-c", script, str(site), env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=site)
+    assert out.split() == ["False"]
+
+
+def test_cuda_folder_leaves_the_cuda_packages_alone():
+    """From the repository's root, `cuda` is also the kernels' folder: both are parts of one namespace package."""
+    out = run(sys.executable, "-c", "import cuda.core, cuda.bindings; print(*cuda.__path__, sep='\\n')", cwd=ROOT)
+    assert len(out.splitlines()) >= 2  # the folder was in the way, and did no harm
+    assert str(ROOT / "cuda") in out.splitlines()
+    assert not (ROOT / "cuda" / "__init__.py").exists()
