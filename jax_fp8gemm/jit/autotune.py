@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import statistics
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from jax_fp8gemm.jit import settings, tuned
 from jax_fp8gemm.jit.choose import choose, ranked
 from jax_fp8gemm.jit.compiler import describe
-from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.config import GemmConfig, rejection
 from jax_fp8gemm.jit.device import Device, current_device
 from jax_fp8gemm.jit.launch import LaunchPlan
 from jax_fp8gemm.jit.plan import plan_gemm
@@ -62,8 +63,10 @@ def autotune(problems: Iterable[GemmProblem], *, num_candidates: int = 24, num_r
 
 
 def _candidates(problem: GemmProblem, device: Device, count: int) -> list[GemmConfig]:
-    best = [config for config, _ in ranked(problem, device)[:count]]
-    return list(dict.fromkeys([choose(problem, device).config, *best]))
+    """Today's choice and the model's best; whether consumers take turns, the model cannot tell, so both are there."""
+    configs = [choose(problem, device).config, *(config for config, _ in ranked(problem, device)[:count])]
+    turns = [dataclasses.replace(config, ordered=not config.ordered) for config in configs]
+    return [c for c in dict.fromkeys([*configs, *turns]) if rejection(problem, c, device) is None]
 
 
 def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,

@@ -12,7 +12,7 @@ from jax_fp8gemm.jit.config import GemmConfig, least_stages, num_tiles, rejectio
 from jax_fp8gemm.jit.cost import Cost, cost
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, shared_bytes
+from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 16
 P_BLOCKS = (64, 128, 192, 256)
@@ -21,11 +21,11 @@ MAX_SWAPPED_TOKENS = 128  # beyond, the tokens fill wgmma's 64 rows well enough
 SPREADS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8))  # cluster_m, cluster_n, split_k
 RASTER_GROUPS = (4, 8, 16, 32)
 MAX_SPLIT_WAVES = 2  # beyond, whole tiles keep the SMs busy
-NUM_REFINED = 16  # candidates whose raster group is looked into
+NUM_REFINED = 16  # candidates whose variants are looked into
 
 
 def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
-    """The configurations worth a look, legal or not; of the raster groups only one."""
+    """The configurations worth a look, legal or not; `ranked` varies raster group and partials of the best."""
     for swap_ab in (False, True):
         p_size, q_size = (problem.n, problem.m) if swap_ab else (problem.m, problem.n)
         if swap_ab and problem.m > MAX_SWAPPED_TOKENS:
@@ -65,23 +65,26 @@ def num_stages(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
 
 
 def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:
-    """The legal candidates with their costs, the best first; of each the best raster group, for the first few."""
+    """The legal candidates with their costs, the best first; the first few in their best variant."""
     legal = [config for config in candidates(problem, device) if rejection(problem, config, device) is None]
     if not legal:
         raise NotImplementedError(f"no configuration of the kernel can run {problem} on {device}; use the reference "
                                   "implementation")
     by_seconds = lambda pair: pair[1].seconds
     order = sorted(((config, cost(problem, config, device)) for config in legal), key=by_seconds)
-    refined = [min(_raster_variants(problem, *pair, device), key=by_seconds) for pair in order[:NUM_REFINED]]
+    refined = [min(_variants(problem, *pair, device), key=by_seconds) for pair in order[:NUM_REFINED]]
     return sorted(refined, key=by_seconds) + order[NUM_REFINED:]
 
 
-def _raster_variants(problem: GemmProblem, config: GemmConfig, base: Cost,
-                     device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
+def _variants(problem: GemmProblem, config: GemmConfig, base: Cost,
+              device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
+    """`config` with other raster groups, where tiles come in waves, and with two or more products in flight."""
     yield config, base
-    if base.waves > 1 and config.split_k == 1:
-        for raster_group in RASTER_GROUPS:
-            variant = dataclasses.replace(config, raster_group=raster_group)
+    num_products = warpgroup_tile(config)[0] // MMA_P
+    raster_groups = RASTER_GROUPS if base.waves > 1 and config.split_k == 1 else (config.raster_group,)
+    for raster_group, partials in itertools.product(raster_groups, (1, max(2, num_products))):
+        variant = dataclasses.replace(config, raster_group=raster_group, partials=partials)
+        if rejection(problem, variant, device) is None:
             yield variant, cost(problem, variant, device)
 
 

@@ -21,6 +21,7 @@ from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.toolchain import ARCH, STD, compile_source, compiler_identity, disassemble, headers_digest
 
 logger = logging.getLogger(__name__)
+settings.configure_logging()
 
 _override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar("jax_fp8gemm_override", default=None)
 

@@ -16,7 +16,7 @@ MAX_BLOCK = 256  # rows that one copy into shared memory moves, and columns of a
 PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
 MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
 
-LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1}
+LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg leaves
 # a consumer thread for a given number of consumer warpgroups.
@@ -38,6 +38,8 @@ class GemmConfig:
         shared memory in a fixed order.
       raster_group: cluster tiles along M in a band; a band is walked M first, so that its operands stay in L2.
       out_buffers: chunks of output that a consumer may have on the way to global memory.
+      partials: products of 64 rows with one block of K that a consumer has in flight, each in registers of its own.
+      ordered: two consumers take turns at the tensor core.
     """
 
     block_m: int
@@ -50,11 +52,17 @@ class GemmConfig:
     split_k: int = 1
     raster_group: int = 8
     out_buffers: int = 2
+    partials: int = 1
+    ordered: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.block_m}x{self.block_n}", f"stages {self.num_stages}", f"consumers {self.num_consumers}"]
         if self.swap_ab:
             parts.append("swap-AB")
+        if self.partials > 1:
+            parts.append(f"partials {self.partials}")
+        if self.ordered:
+            parts.append("ordered")
         if self.cluster_m * self.cluster_n > 1:
             parts.append(f"cluster {self.cluster_m}x{self.cluster_n}")
         if self.split_k > 1:
@@ -88,9 +96,9 @@ def least_stages(config: GemmConfig) -> int:
 
 
 def consumer_registers(config: GemmConfig) -> int:
-    """Registers of a consumer thread: the tile's sums, the tensor core's sums of one 64-row part, and the rest."""
+    """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the rest."""
     p, q = warpgroup_tile(config)
-    return p // MMA_P * (q // 2) + q // 2 + OTHER_REGISTERS
+    return (p // MMA_P + config.partials) * (q // 2) + OTHER_REGISTERS
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -105,9 +113,9 @@ def _tile_rejection(config: GemmConfig) -> str | None:
             return f"{name} {getattr(config, name)} is not in 1..{MAX_BLOCK}"
     if config.num_consumers not in MAX_REGISTERS:
         return f"num_consumers {config.num_consumers} is not in {tuple(MAX_REGISTERS)}"
-    for name in ("num_stages", "raster_group", "out_buffers"):
-        if getattr(config, name) < LEAST[name]:
-            return f"{name} {getattr(config, name)} is below {LEAST[name]}"
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            return f"{name} {getattr(config, name)} is below {least}"
     p_name, q_name = ("block_n", "block_m") if config.swap_ab else ("block_m", "block_n")
     p, q = tile_pq(config)
     if p % MMA_P:
@@ -117,6 +125,15 @@ def _tile_rejection(config: GemmConfig) -> str | None:
     if q % (MMA_Q * parts):
         return f"{q_name} {q} is no multiple of {parts} consumers x {MMA_Q}" if splits_q else (
             f"{q_name} {q} is no multiple of {MMA_Q}")
+    return _order_rejection(config)
+
+
+def _order_rejection(config: GemmConfig) -> str | None:
+    num_products = warpgroup_tile(config)[0] // MMA_P
+    if config.partials > 1 and config.partials % num_products:
+        return f"partials {config.partials} is no multiple of a consumer's {num_products} products for a block of K"
+    if config.ordered and config.num_consumers != 2:
+        return f"ordered takes 2 consumers, not {config.num_consumers}"
     return None
 
 

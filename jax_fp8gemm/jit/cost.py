@@ -24,6 +24,7 @@ from jax_fp8gemm.jit.tile import out_chunk, warpgroup_tile
 LAUNCH = 3.0e-6  # a kernel's start and end: first bytes from memory, last bytes to it
 FIRST_LOAD = 0.8e-6  # from a copy's issue to its data under load: exposed where a CTA starts with an empty ring
 CLUSTER_EXCHANGE = 1.0e-6  # split-K: two cluster barriers and the start of the exchange
+SM_MEMORY_RATE = 50e9  # bytes per second: what one SM takes from memory
 PORT_BYTES = 64  # per cycle: what an SM takes from L2
 PEER_BYTES = 24  # per cycle: what an SM takes from other SMs' shared memory
 STORE_BYTES = 48  # per cycle: registers to shared memory to L2
@@ -109,7 +110,10 @@ def _math_step(problem: GemmProblem, config: GemmConfig, device: Device) -> floa
     else:
         promote = sums + 4
     parts = p // 64
-    chain = parts * (multiply + promote) + STEP_LATENCY
+    if config.partials == 1:
+        chain = parts * (multiply + promote) + STEP_LATENCY
+    else:  # promotes one product under the multiplications of the others
+        chain = parts * max(multiply, promote) + STEP_LATENCY / config.partials
     shared_by_all = config.num_consumers * parts * multiply
     return max(chain, shared_by_all) / device.clock_hz
 
@@ -140,7 +144,7 @@ def _memory_step(config: GemmConfig, device: Device, active: int, step_bytes: fl
     box = SCALE_BLOCK * max(config.block_m / config.cluster_n, config.block_n / config.cluster_m)
     rate = device.hbm_bytes_per_s * min(1.0, (box / FULL_BOX) ** 0.5)
     ring = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
-    return active * step_bytes / min(rate, active * ring / FIRST_LOAD)
+    return active * step_bytes / min(rate, active * min(ring / FIRST_LOAD, SM_MEMORY_RATE))
 
 
 def _epilogue(problem: GemmProblem, config: GemmConfig, device: Device) -> float:

@@ -31,7 +31,7 @@ def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Samp
     it are the same for all plans.
     """
     ffi.register()
-    operands = [_operands(problem, seed) for seed in range(_num_calls(problem))]
+    operands = [random_operands(problem, seed) for seed in range(_num_calls(problem))]
     return [_sampler(problem, plan, operands) for plan in plans]
 
 
@@ -45,7 +45,7 @@ def _num_calls(problem: GemmProblem) -> int:
     return int(max(1, min(MEMORY_BYTES // size, max(MIN_CALLS, min(CHAIN_BYTES // size, MAX_CALLS)))))
 
 
-def _operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
+def random_operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
     """Random values and scales, since power depends on the data; scales of single rows come as [B, Kb, rows]."""
     rng, k_blocks = np.random.default_rng(seed), problem.num_k_blocks
     lhs_batch, rhs_batch = _operand_batches(problem)
@@ -63,7 +63,11 @@ def _operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
             values(rhs_batch, problem.n, problem.rhs_dtype), rhs_scale]
 
 
-def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Sampler:
+def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
+    """The jitted program that runs `plan` on each of a list of operands: (operands, accumulator) -> last result.
+
+    The accumulator is a tuple of one donated array, or an empty one; it passes through all calls.
+    """
     row_major, rows_fastest = (0, 1, 2), (0, 2, 1)
     out_type = jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), DTYPES[problem.out_dtype])
     rhs_per_row = problem.rhs_scale_rows == 1
@@ -77,14 +81,18 @@ def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Arr
         rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if rhs_per_row else rhs_scale
         return call(lhs, jnp.swapaxes(lhs_scale, 1, 2), rhs, rhs_scale, *accumulator, **plan.attributes())
 
-    def chain(operands, accumulator):
+    def run(operands, accumulator):
         for arrays in operands:
             out = gemm(*arrays, *accumulator)
             accumulator = (out,) * problem.accumulate
         return out
 
-    run = jax.jit(chain, donate_argnums=1)
-    accumulator = (jnp.zeros(out_type.shape, out_type.dtype),) * problem.accumulate
+    return jax.jit(run, donate_argnums=1)
+
+
+def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Sampler:
+    run = chain(problem, plan)
+    accumulator = (jnp.zeros((problem.batch, problem.m, problem.n), jnp.float32),) * problem.accumulate
 
     def sample() -> float:
         nonlocal accumulator
