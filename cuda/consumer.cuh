@@ -31,16 +31,14 @@ struct ThreadPlace {
 template <class Config, bool kRhsPerRow = Tile<Config>::kRhsPerRow, bool kSwapAB = Config::kSwapAB>
 struct Scales {
   using T = Tile<Config>;
-  float rows[T::kNumMmaP][2];
+  float rows[2];
   float columns[T::kWarpgroupQ / 8][2];
 
-  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int) {
+  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int, int mma) {
     const float* p_scale = kSwapAB ? shared.rhs_scale[stage] : shared.lhs_scale[stage];
     const float* q_scale = kSwapAB ? shared.lhs_scale[stage] : shared.rhs_scale[stage];
 #pragma unroll
-    for (int i = 0; i < T::kNumMmaP; ++i)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) rows[i][row] = p_scale[at.p + i * kMmaP + row * 8];
+    for (int row = 0; row < 2; ++row) rows[row] = p_scale[at.p + mma * kMmaP + row * 8];
 #pragma unroll
     for (int j = 0; j < T::kWarpgroupQ / 8; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(&q_scale[at.q + j * 8]);
@@ -48,8 +46,8 @@ struct Scales {
     }
   }
 
-  __device__ float operator()(int mma, int row, int j, int column) const {
-    return __fmul_rn(rows[mma][row], columns[j][column]);
+  __device__ float operator()(int row, int j, int column) const {
+    return __fmul_rn(rows[row], columns[j][column]);
   }
 };
 
@@ -63,11 +61,11 @@ struct Scales<Config, false, false> {
   static constexpr bool kAligned = kAlignment == kScaleBlock;
   static_assert(kBlocks <= 3);
 
-  float products[T::kNumMmaP][2][kBlocks];
+  float products[2][kBlocks];
   int first_columns;  // columns of the warpgroup that belong to its first block
 
-  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
-                       int warpgroup) {
+  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
+                    int warpgroup, int mma) {
     const int n = n_start + T::warpgroup_q(warpgroup);
     const int first_block = n / kScaleBlock - n_start / kScaleBlock;
     first_columns = kScaleBlock - n % kScaleBlock;
@@ -75,15 +73,13 @@ struct Scales<Config, false, false> {
     for (int b = 0; b < kBlocks; ++b) {
       const float column = shared.rhs_scale[stage][first_block + b];
 #pragma unroll
-      for (int i = 0; i < T::kNumMmaP; ++i)
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-          products[i][row][b] = __fmul_rn(shared.lhs_scale[stage][at.p + i * kMmaP + row * 8], column);
+      for (int row = 0; row < 2; ++row)
+        products[row][b] = __fmul_rn(shared.lhs_scale[stage][at.p + mma * kMmaP + row * 8], column);
     }
   }
 
-  __device__ float operator()(int mma, int row, int j, int) const {
-    const float(&blocks)[kBlocks] = products[mma][row];
+  __device__ float operator()(int row, int j, int) const {
+    const float(&blocks)[kBlocks] = products[row];
     if constexpr (kBlocks == 1) return blocks[0];
     if constexpr (kAligned) return blocks[j * 8 / kScaleBlock];
     float scale = j * 8 < first_columns ? blocks[0] : blocks[1];
@@ -97,16 +93,13 @@ template <class Config>
 struct Scales<Config, false, true> {
   using T = Tile<Config>;
   static_assert(Config::kBlockN % kMmaP == 0);
-  float rows[T::kNumMmaP];
+  float weight;
   float columns[T::kWarpgroupQ / 8][2];
 
-  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
-                       int warpgroup) {
-#pragma unroll
-    for (int i = 0; i < T::kNumMmaP; ++i) {
-      const int n = n_start + T::warpgroup_p(warpgroup) + i * kMmaP;
-      rows[i] = shared.rhs_scale[stage][n / kScaleBlock - n_start / kScaleBlock];
-    }
+  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
+                    int warpgroup, int mma) {
+    const int n = n_start + T::warpgroup_p(warpgroup) + mma * kMmaP;
+    weight = shared.rhs_scale[stage][n / kScaleBlock - n_start / kScaleBlock];
 #pragma unroll
     for (int j = 0; j < T::kWarpgroupQ / 8; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(&shared.lhs_scale[stage][at.q + j * 8]);
@@ -114,63 +107,125 @@ struct Scales<Config, false, true> {
     }
   }
 
-  __device__ float operator()(int mma, int, int j, int column) const {
-    return __fmul_rn(rows[mma], columns[j][column]);
+  __device__ float operator()(int, int j, int column) const { return __fmul_rn(weight, columns[j][column]); }
+};
+
+template <class Config>
+using Fragment = float[Tile<Config>::kFragment];
+template <class Config>
+using Accumulators = Fragment<Config>[Tile<Config>::kNumMmaP];
+
+// With two consumers, each issues its products while the other promotes: they take turns at the tensor core. Left alone
+// they fall into step, and the tensor core idles while both promote.
+template <class Config>
+struct Turns {
+  static constexpr bool kTaken = Config::kOrdered;
+  static constexpr u32 kFirstBarrier = 1 + Config::kNumConsumers;
+  static constexpr u32 kThreads = 2 * kWarpgroup;
+
+  // The first turn is the first warpgroup's.
+  __device__ static void begin(int warpgroup) {
+    if (kTaken && warpgroup == 1) ptx::named_barrier_arrive(kFirstBarrier, kThreads);
+  }
+  __device__ static void wait(int warpgroup) {
+    if (kTaken) ptx::named_barrier(kFirstBarrier + warpgroup, kThreads);
+  }
+  __device__ static void pass(int warpgroup) {
+    if (kTaken) ptx::named_barrier_arrive(kFirstBarrier + (warpgroup ^ 1), kThreads);
+  }
+  // Takes the turn that nobody will use.
+  __device__ static void end(int warpgroup) {
+    if (kTaken && warpgroup == 0) ptx::named_barrier(kFirstBarrier, kThreads);
+  }
+};
+
+// The sum over this CTA's part of K of one tile, for one warpgroup.
+//
+// A step is one 64-row product over one block of K. kPartials steps are started together, and each is promoted while the
+// tensor core works on those after it. (Products in flight from one iteration of the loop to the next would fill the
+// gap between batches too, but then ptxas no longer sees which have finished and waits after every instruction.)
+template <class Config>
+struct Mainloop {
+  using T = Tile<Config>;
+  static constexpr int kPartials = Config::kPartials;
+  static constexpr bool kPipelined = kPartials > 1;
+  static constexpr int kBatch = kPipelined ? kPartials / T::kNumMmaP : 1;  // blocks of K in flight
+  static_assert(!kPipelined || kPartials % T::kNumMmaP == 0);
+
+  Accumulators<Config>& accumulators;
+  Pipeline<Config> ahead;    // where products are started
+  Pipeline<Config>& behind;  // where they are promoted
+  const int warpgroup, n_start;
+  const ThreadPlace<Config> at;
+
+  __device__ Mainloop(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline, int warpgroup, int n_start)
+      : accumulators(accumulators), ahead(pipeline), behind(pipeline), warpgroup(warpgroup), n_start(n_start),
+        at(warpgroup) {}
+
+  // Starts the product of the i-th 64 rows of P with the warpgroup's columns of Q.
+  __device__ void start(Fragment<Config>& partial, int i) {
+    const SharedStorage<Config>& shared = ahead.shared;
+    const u8* p_tile = Config::kSwapAB ? shared.rhs[ahead.stage] : shared.lhs[ahead.stage];
+    const u8* q_tile = Config::kSwapAB ? shared.lhs[ahead.stage] : shared.rhs[ahead.stage];
+    const u64 p = ptx::wgmma_descriptor(p_tile + (T::warpgroup_p(warpgroup) + i * kMmaP) * kBlockK);
+    const u64 q = ptx::wgmma_descriptor(q_tile + T::warpgroup_q(warpgroup) * kBlockK);
+    if (i == 0) ahead.wait_full();
+    Turns<Config>::wait(warpgroup);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockK / kMmaK; ++k)
+      Config::wgmma(partial, p + k * ptx::kWgmmaStepK, q + k * ptx::kWgmmaStepK, k > 0);
+    ptx::wgmma_commit();
+    Turns<Config>::pass(warpgroup);
+    if (i == T::kNumMmaP - 1) ahead.advance();
+  }
+
+  // Waits for a product, all but the `kPending` started after it, and adds it with its scales.
+  template <int kPending>
+  __device__ void finish(Fragment<Config>& partial, int i) {
+    const Scales<Config> scales(behind.shared, behind.stage, at, n_start, warpgroup, i);
+    ptx::wgmma_wait<kPending>(partial);
+    if (i == T::kNumMmaP - 1) {
+      behind.release();
+      behind.advance();
+    }
+#pragma unroll
+    for (int j = 0; j < T::kWarpgroupQ / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& sum = accumulators[i][4 * j + e];
+        sum = __fmaf_rn(scales(e / 2, j, e % 2), partial[4 * j + e], sum);
+      }
+  }
+
+  __device__ void run(int num_k_blocks) {
+#pragma unroll
+    for (int i = 0; i < T::kNumMmaP; ++i)
+#pragma unroll
+      for (int e = 0; e < T::kFragment; ++e) accumulators[i][e] = 0;
+
+    // One product at a time: everything, or the blocks that are no whole batch.
+    const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
+    for (int k = 0; k < singles; ++k)
+      unrolled<T::kNumMmaP>([&](auto i) {
+        Fragment<Config> partial;
+        start(partial, i);
+        finish<0>(partial, i);
+      });
+    if constexpr (kPipelined)
+      for (int k = singles; k < num_k_blocks; k += kBatch) {
+        Fragment<Config> partials[kPartials];
+        unrolled<kPartials>([&](auto s) { start(partials[s], s % T::kNumMmaP); });
+        unrolled<kPartials>([&](auto s) { finish<kPartials - 1 - s>(partials[s], s % T::kNumMmaP); });
+      }
   }
 };
 
 template <class Config>
-using Accumulators = float[Tile<Config>::kNumMmaP][Tile<Config>::kFragment];
-
-// Starts the product of 64 rows of P with the warpgroup's columns of Q over one block of K.
-template <class Config>
-__device__ void multiply(float (&partial)[Tile<Config>::kFragment], u64 p_descriptor, u64 q_descriptor) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kBlockK / kMmaK; ++k)
-    Config::wgmma(partial, p_descriptor + k * ptx::kWgmmaStepK, q_descriptor + k * ptx::kWgmmaStepK, k > 0);
-  ptx::wgmma_commit();
-}
-
-template <class Config>
-__device__ void promote(float (&accumulator)[Tile<Config>::kFragment],
-                        const float (&partial)[Tile<Config>::kFragment], const Scales<Config>& scales, int mma) {
-#pragma unroll
-  for (int j = 0; j < Tile<Config>::kWarpgroupQ / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      accumulator[4 * j + e] = __fmaf_rn(scales(mma, e / 2, j, e % 2), partial[4 * j + e], accumulator[4 * j + e]);
-}
-
-// The sum over this CTA's part of K of one tile.
-template <class Config>
 __device__ void accumulate_tile(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline,
                                 const Scheduler<Config>& scheduler, int warpgroup) {
-  using T = Tile<Config>;
-  SharedStorage<Config>& shared = pipeline.shared;
-  const ThreadPlace<Config> at(warpgroup);
-#pragma unroll
-  for (int i = 0; i < T::kNumMmaP; ++i)
-#pragma unroll
-    for (int e = 0; e < T::kFragment; ++e) accumulators[i][e] = 0;
-
-  for (int k = scheduler.k_begin(); k < scheduler.k_end(); ++k, pipeline.advance()) {
-    pipeline.wait_full();
-    const u32 stage = pipeline.stage;
-    Scales<Config> scales;
-    scales.load(shared, stage, at, scheduler.n_start, warpgroup);
-    const u8* p_tile = Config::kSwapAB ? shared.rhs[stage] : shared.lhs[stage];
-    const u8* q_tile = Config::kSwapAB ? shared.lhs[stage] : shared.rhs[stage];
-    const u64 p_descriptor = ptx::wgmma_descriptor(p_tile + T::warpgroup_p(warpgroup) * kBlockK);
-    const u64 q_descriptor = ptx::wgmma_descriptor(q_tile + T::warpgroup_q(warpgroup) * kBlockK);
-    unrolled<T::kNumMmaP>([&](auto i) {
-      float partial[T::kFragment];
-      multiply<Config>(partial, p_descriptor + i * (kMmaP * kBlockK / 16), q_descriptor);
-      ptx::wgmma_wait<0>(partial);
-      if constexpr (i == T::kNumMmaP - 1) pipeline.release();
-      promote<Config>(accumulators[i], partial, scales, i);
-    });
-  }
+  Mainloop<Config>(accumulators, pipeline, warpgroup, scheduler.n_start)
+      .run(max(scheduler.k_end() - scheduler.k_begin(), 0));
 }
 
 }  // namespace fp8gemm

@@ -41,6 +41,7 @@ __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map,
   const int warpgroup = threadIdx.x / kWarpgroup;
   Pipeline<Config> pipeline(shared);
   Accumulators<Config> accumulators;
+  Turns<Config>::begin(warpgroup);
   if constexpr (Config::kSplitK > 1) {
     scheduler.next();  // a cluster has one tile: its ring becomes the partial sums
     accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
@@ -56,6 +57,7 @@ __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map,
     if constexpr (Config::kTmaStore)  // shared memory lives until it has been read
       if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait_read<0>();
   }
+  Turns<Config>::end(warpgroup);
 }
 
 template <class Config>

@@ -23,11 +23,12 @@ __device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives at the same barrier of another CTA of the cluster.
+// Arrives at the same barrier of another CTA of the cluster. Relaxed: a release at cluster scope would compile to a
+// fence of all memory, and what a consumer has to say, that its reads are done, needs none.
 __device__ __forceinline__ void mbarrier_arrive_remote(u64* barrier, u32 cta_rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      " mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
       "r"(cta_rank)
       : "memory");
 }

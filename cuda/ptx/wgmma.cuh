@@ -21,12 +21,10 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most `kPending` groups are in flight. `accumulator` is what the finished ones wrote: naming it keeps
-// the compiler from reading it earlier.
+// Waits until at most `kPending` groups are in flight. `accumulator` is what the finished ones wrote: naming it, after
+// the wait alone, keeps the compiler from reading it earlier.
 template <int kPending, int kSize>
 __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");

@@ -46,6 +46,8 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
         "SplitK": config.split_k,
         "RasterGroup": config.raster_group,
         "OutBuffers": config.out_buffers,
+        "Partials": config.partials,
+        "Ordered": config.ordered,
         "OutBytes": problem.out_item_bytes,
         "TmaStore": problem.out_is_tma_aligned,
         "Accumulate": problem.accumulate,
