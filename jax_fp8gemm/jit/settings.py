@@ -72,7 +72,10 @@ def cache_dir() -> pathlib.Path | None:
     value = CACHE_DIR.get()
     if value == NO_CACHE:
         return None
-    return pathlib.Path(value).expanduser() if value else platformdirs.user_cache_path("jax_fp8gemm", appauthor=False)
+    if value:
+        return pathlib.Path(value).expanduser()
+    folder = platformdirs.user_cache_path("jax_fp8gemm", appauthor=False)
+    return folder if folder.is_absolute() else None  # a user without a home gets a "~" that nothing expands
 
 
 def dump_dir() -> pathlib.Path | None:
@@ -128,7 +131,7 @@ def limit_sms(limit: int) -> Iterator[None]:
     Raises:
       ValueError: `limit` is not a positive int.
     """
-    if not isinstance(limit, int) or limit < 1:
+    if type(limit) is not int or limit < 1:
         raise ValueError(f"limit_sms: expected a positive int, got {limit!r}")
     token = _sm_limit.set(limit)
     try:
