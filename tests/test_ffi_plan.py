@@ -15,7 +15,9 @@ buffers = st.integers(0, 1024)
 @st.composite
 def tensor_maps(draw):
     rank = draw(st.integers(1, launch.MAX_RANK))
-    numbers = lambda low, high, count: tuple(draw(st.lists(st.integers(low, high), min_size=count, max_size=count)))
+    numbers = lambda low, high, count: tuple(
+        draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+    )
     return TensorMap(
         buffer=draw(buffers),
         dtype=draw(st.sampled_from(("u8", "bf16", "f32"))),
@@ -37,8 +39,17 @@ def plans(draw):
         cluster=cluster,
         block=draw(st.integers(1, 1024)),
         shared_bytes=draw(st.integers(0, 2**20)),
-        arguments=tuple(draw(st.lists(st.one_of(
-            st.builds(Pointer, buffers), st.builds(Scalar, st.integers(0, 2**32 - 1)), tensor_maps())))),
+        arguments=tuple(
+            draw(
+                st.lists(
+                    st.one_of(
+                        st.builds(Pointer, buffers),
+                        st.builds(Scalar, st.integers(0, 2**32 - 1)),
+                        tensor_maps(),
+                    )
+                )
+            )
+        ),
         programmatic=draw(st.booleans()),
     )
 
@@ -51,7 +62,9 @@ def attributes(plan):
 def decoded(plan):
     """The plan, rebuilt from what the C++ side makes of its attributes."""
     fields = ffi.describe_plan(**attributes(plan))
-    arguments = tuple(getattr(launch, argument.pop("kind"))(**argument) for argument in fields.pop("arguments"))
+    arguments = tuple(
+        getattr(launch, argument.pop("kind"))(**argument) for argument in fields.pop("arguments")
+    )
     return LaunchPlan(cubin=plan.cubin, arguments=arguments, **fields)
 
 
@@ -65,16 +78,19 @@ TENSOR_MAP = TensorMap(0, "u8", (256, 300), (256,), (128, 64), 128)
 PLAN = LaunchPlan(b"", "fp8_gemm", (4, 1, 1), (2, 1, 1), 384, 1000, (Pointer(1), TENSOR_MAP))
 
 
-@pytest.mark.parametrize(("index", "value", "message"), [
-    (0, -2, "grid: expected 0 to 2147483647, got -2"),
-    (0, 3, r"grid: expected whole clusters of \(2, 1, 1\), got \(3, 1, 1\)"),
-    (1, 65536, "grid: expected 0 to 65535, got 65536"),
-    (3, 0, "cluster: expected 1 to 16, got 0"),
-    (4, 9, r"cluster: expected at most 16 CTAs, got \(2, 9, 1\)"),
-    (6, 1025, "block: expected 1 to 1024, got 1025"),
-    (7, 2**40, "shared_bytes: expected 0 to 1048576, got 1099511627776"),
-    (8, 2, "programmatic: expected 0 to 1, got 2"),
-])
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, -2, "grid: expected 0 to 2147483647, got -2"),
+        (0, 3, r"grid: expected whole clusters of \(2, 1, 1\), got \(3, 1, 1\)"),
+        (1, 65536, "grid: expected 0 to 65535, got 65536"),
+        (3, 0, "cluster: expected 1 to 16, got 0"),
+        (4, 9, r"cluster: expected at most 16 CTAs, got \(2, 9, 1\)"),
+        (6, 1025, "block: expected 1 to 1024, got 1025"),
+        (7, 2**40, "shared_bytes: expected 0 to 1048576, got 1099511627776"),
+        (8, 2, "programmatic: expected 0 to 1, got 2"),
+    ],
+)
 def test_malformed_launch(index, value, message):
     fields = attributes(PLAN)
     fields["launch"][index] = value
@@ -82,18 +98,21 @@ def test_malformed_launch(index, value, message):
         ffi.describe_plan(**fields)
 
 
-@pytest.mark.parametrize(("argument", "index", "value", "message"), [
-    (0, 0, 3, r"kind: expected 0 to 2, got 3 \(argument 0\)"),
-    (0, 1, -1, r"buffer: expected 0 to 1024, got -1 \(argument 0\)"),
-    (1, 1, 2**40, r"buffer: expected 0 to 1024, got 1099511627776 \(argument 1\)"),
-    (1, 2, 3, "dtype: expected 0 to 2, got 3"),
-    (1, 3, 6, "rank: expected 1 to 5, got 6"),
-    (1, 3, 0, "rank: expected 1 to 5, got 0"),
-    (1, 4, 0, "shape: expected 1 to 4294967296, got 0"),
-    (1, 9, -256, "strides: expected 0 to 1099511627775, got -256"),
-    (1, 15, 257, "box: expected 1 to 256, got 257"),
-    (1, 19, 48, "swizzle: expected 0, 32, 64 or 128, got 48"),
-])
+@pytest.mark.parametrize(
+    ("argument", "index", "value", "message"),
+    [
+        (0, 0, 3, r"kind: expected 0 to 2, got 3 \(argument 0\)"),
+        (0, 1, -1, r"buffer: expected 0 to 1024, got -1 \(argument 0\)"),
+        (1, 1, 2**40, r"buffer: expected 0 to 1024, got 1099511627776 \(argument 1\)"),
+        (1, 2, 3, "dtype: expected 0 to 2, got 3"),
+        (1, 3, 6, "rank: expected 1 to 5, got 6"),
+        (1, 3, 0, "rank: expected 1 to 5, got 0"),
+        (1, 4, 0, "shape: expected 1 to 4294967296, got 0"),
+        (1, 9, -256, "strides: expected 0 to 1099511627775, got -256"),
+        (1, 15, 257, "box: expected 1 to 256, got 257"),
+        (1, 19, 48, "swizzle: expected 0, 32, 64 or 128, got 48"),
+    ],
+)
 def test_malformed_argument(argument, index, value, message):
     fields = attributes(PLAN)
     fields["arguments"].reshape(2, -1)[argument, index] = value
@@ -109,8 +128,9 @@ def test_scalar_of_more_than_32_bits():
 
 
 def test_extent_of_more_than_64_bits():
-    plan = LaunchPlan(b"", "e", (1, 1, 1), (1, 1, 1), 32, 0, (
-        TensorMap(0, "f32", (1, 2**32), (2**40 - 1,), (1, 1), 0),))
+    plan = LaunchPlan(
+        b"", "e", (1, 1, 1), (1, 1, 1), 32, 0, (TensorMap(0, "f32", (1, 2**32), (2**40 - 1,), (1, 1), 0),)
+    )
     with pytest.raises(ValueError, match=r"f32 tensor map over buffer 0: shape \(1, 4294967296\).*64 bits"):
         ffi.describe_plan(**attributes(plan))
 

@@ -1,4 +1,4 @@
-"""Instantiate, Initialize and Execute of the built extension, against doubles of XLA and of the CUDA driver."""
+"""Instantiate, Initialize and Execute of the built extension, against doubles of XLA and the CUDA driver."""
 
 import importlib.util
 import os
@@ -18,7 +18,9 @@ DOUBLE = pathlib.Path(scenarios.__file__).parent
 def cuda_include():
     """The folder of cuda.h: from the wheel nvidia-cuda-runtime, or from a toolkit."""
     nvidia = importlib.util.find_spec("nvidia")
-    wheels = [pathlib.Path(folder, "cu13") for folder in (nvidia.submodule_search_locations if nvidia else ())]
+    wheels = [
+        pathlib.Path(folder, "cu13") for folder in (nvidia.submodule_search_locations if nvidia else ())
+    ]
     toolkits = [pathlib.Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     for root in (*wheels, *toolkits, pathlib.Path("/usr/local/cuda")):
         if (root / "include" / "cuda.h").exists():
@@ -46,11 +48,15 @@ def fakes(tmp_path_factory):
 
 
 def run_scenario(name, fakes, driver=None):
-    """Runs it in a process of its own, whose libcuda.so.1 comes from the folder `driver` (that of the fakes)."""
+    """Runs it in a process of its own; `driver` is the folder of its libcuda.so.1 (that of the fakes)."""
     extension = importlib.util.find_spec("jax_fp8gemm.ffi._ffi").origin
     ran = subprocess.run(
         [sys.executable, scenarios.__file__, name, extension, launch.__file__, fakes / "libxla.so"],
-        env={**os.environ, "LD_LIBRARY_PATH": str(driver or fakes)}, capture_output=True, text=True, timeout=60)
+        env={**os.environ, "LD_LIBRARY_PATH": str(driver or fakes)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

@@ -21,7 +21,9 @@ def run(*command, **options):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT
+    )
     (built,) = folder.glob("*.whl")
     return built
 
@@ -44,7 +46,7 @@ def test_contents(site):
     assert files(package, ".py", ".json") == files(ROOT / "jax_fp8gemm", ".py", ".json")
     assert files(package / "cuda", ".cuh") == files(ROOT / "cuda", ".cuh") != set()
     others = {path.relative_to(package) for path in package.rglob("*.*") if path.suffix not in SOURCES}
-    assert {(str(path.parent), path.name.split(".")[0]) for path in others} == {("ffi", "_ffi")}
+    assert [(str(path.parent), path.name.split(".")[0]) for path in others] == [("ffi", "_ffi")]
     assert len(list(site.glob("*.dist-info/licenses/LICENSE"))) == 1
 
 
@@ -66,13 +68,17 @@ from jax_fp8gemm.ffi import _ffi
 assert _ffi.__file__.startswith(sys.argv[1]), _ffi.__file__
 print("libcuda" in open("/proc/self/maps").read())
 """
-    out = run(sys.executable, "-I", "-c", script, str(site), env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=site)
+    out = run(
+        sys.executable, "-I", "-c", script, str(site), env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=site
+    )
     assert out.split() == ["False"]
 
 
 def test_cuda_folder_leaves_the_cuda_packages_alone():
-    """From the repository's root, `cuda` is also the kernels' folder: both are parts of one namespace package."""
-    out = run(sys.executable, "-c", "import cuda.core, cuda.bindings; print(*cuda.__path__, sep='\\n')", cwd=ROOT)
+    """In the repository's root, `cuda` is also the kernels' folder: a namespace package has room for both."""
+    out = run(
+        sys.executable, "-c", "import cuda.core, cuda.bindings; print(*cuda.__path__, sep='\\n')", cwd=ROOT
+    )
     assert len(out.splitlines()) >= 2  # the folder was in the way, and did no harm
     assert str(ROOT / "cuda") in out.splitlines()
     assert not (ROOT / "cuda" / "__init__.py").exists()

@@ -1,7 +1,7 @@
 """The XLA FFI target that launches every kernel of this package, and its registration.
 
-The C++ side opens the CUDA driver at run time, so that this package imports anywhere; README.md says what each
-stage of the target may do.
+The C++ side opens the CUDA driver at run time, so that this package imports anywhere; README.md says what
+each stage of the target may do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _extension():
         from jax_fp8gemm.ffi import _ffi
     except ImportError as error:
         raise ImportError(
-            f"jax_fp8gemm: the extension module does not load ({error}); reinstall the package for this Python"
+            f"jax_fp8gemm: the extension module does not load ({error}); reinstall the package"
         ) from error
     return _ffi
 
@@ -61,10 +61,10 @@ def describe_plan(entry, launch, arguments) -> dict:
     """A launch plan's attributes (`jit.launch.LaunchPlan.attributes`) as the C++ side decodes them.
 
     Returns:
-      The fields of `LaunchPlan` but the cubin; `arguments` is a tuple of dictionaries with the fields of `Pointer`,
-      `Scalar` or `TensorMap`, and their `kind`.
+      The fields of `LaunchPlan` but the cubin; `arguments` is a tuple of dictionaries with the fields of
+      `Pointer`, `Scalar` or `TensorMap`, and their `kind`.
 
     Raises:
-      ValueError: the attributes are malformed; the call would fail with the same message when XLA compiles it.
+      ValueError: the attributes are malformed; XLA would report the same when it compiles the call.
     """
     return _extension().describe_plan(entry, launch, arguments)

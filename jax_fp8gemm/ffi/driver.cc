@@ -8,19 +8,22 @@ namespace {
 constexpr char kLibrary[] = "libcuda.so.1";
 
 ffi::Unexpected<ffi::Error> Unavailable(const std::string& why) {
-  return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kUnavailable, "jax_fp8gemm: no usable CUDA driver: " + why));
+  return ffi::Unexpected(
+      ffi::Error(ffi::ErrorCode::kUnavailable, "jax_fp8gemm: no usable CUDA driver: " + why));
 }
 
 ffi::ErrorOr<Driver> Open() {
-  void* handle = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);  // never closed: the table lives as long as the process
+  // Never closed: the table lives as long as the process.
+  void* handle = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return Unavailable(dlerror());
 
   Driver driver;
 #define JAX_FP8GEMM_STRING(text) #text
-#define JAX_FP8GEMM_LOOK_UP(entry)                                                                            \
-  driver.entry = reinterpret_cast<decltype(driver.entry)>(dlsym(handle, JAX_FP8GEMM_STRING(entry)));          \
-  if (driver.entry == nullptr) {                                                                              \
-    return Unavailable(std::string(kLibrary) + " lacks " JAX_FP8GEMM_STRING(entry) "; install a driver for CUDA 13"); \
+#define JAX_FP8GEMM_LOOK_UP(entry)                                                                   \
+  driver.entry = reinterpret_cast<decltype(driver.entry)>(dlsym(handle, JAX_FP8GEMM_STRING(entry))); \
+  if (driver.entry == nullptr) {                                                                     \
+    return Unavailable(std::string(kLibrary) +                                                       \
+                       " lacks " JAX_FP8GEMM_STRING(entry) "; install a driver for CUDA 13");        \
   }
   JAX_FP8GEMM_DRIVER_ENTRIES(JAX_FP8GEMM_LOOK_UP)
 #undef JAX_FP8GEMM_LOOK_UP
@@ -28,7 +31,8 @@ ffi::ErrorOr<Driver> Open() {
 
   ffi::Error error = driver.Check(driver.cuInit(0), "cuInit", "opening the driver");
   if (error.success()) {
-    error = driver.Check(driver.cuDeviceGetCount(&driver.num_devices), "cuDeviceGetCount", "opening the driver");
+    error =
+        driver.Check(driver.cuDeviceGetCount(&driver.num_devices), "cuDeviceGetCount", "opening the driver");
   }
   if (error.failure()) return ffi::Unexpected(error);
   return driver;
@@ -37,7 +41,8 @@ ffi::ErrorOr<Driver> Open() {
 }  // namespace
 
 const ffi::ErrorOr<Driver>& Driver::Get() {
-  static const auto& driver = *new ffi::ErrorOr<Driver>(Open());  // leaked: states may outlive static destructors
+  static const auto& driver =
+      *new ffi::ErrorOr<Driver>(Open());  // leaked: states may outlive static destructors
   return driver;
 }
 

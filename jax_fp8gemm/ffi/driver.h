@@ -12,8 +12,8 @@ namespace jax_fp8gemm {
 
 namespace ffi = ::xla::ffi;
 
-// Every entry point in use. cuda.h renames some of them to a version (cuCtxPushCurrent_v2): members and the symbols
-// looked up carry the renamed name, so that the types below always match.
+// Every entry point in use. cuda.h renames some of them to a version (cuCtxPushCurrent_v2): members and the
+// symbols looked up carry the renamed name, so that the types below always match.
 #define JAX_FP8GEMM_DRIVER_ENTRIES(X) \
   X(cuInit)                           \
   X(cuGetErrorName)                   \
@@ -41,7 +41,8 @@ struct Driver {
 
   int num_devices = 0;
 
-  // The process's one table, opened and initialised by the first call; an error if this machine has no usable driver.
+  // The process's one table, opened and initialised by the first call; an error if this machine has no usable
+  // driver.
   static const ffi::ErrorOr<Driver>& Get();
 
   // Success, or "jax_fp8gemm: <call>: CUDA_ERROR_... (<description>); <context>".

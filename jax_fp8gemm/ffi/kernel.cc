@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint32_t kPortableClusterSize = 8;
 
-// Makes a stream's context current, and the former one again when it leaves scope: XLA promises no current context.
+// Makes a stream's context current, and the former one again when it leaves scope: XLA promises none.
 class ScopedContext {
  public:
   ScopedContext(const Driver& driver, CUstream stream) : driver_(driver) {
@@ -58,9 +58,8 @@ ffi::ErrorOr<std::unique_ptr<Kernel>> Kernel::Create(std::string_view cubin, Pla
   if (library.has_error()) return ffi::Unexpected(library.error());
 
   CUkernel kernel = nullptr;
-  ffi::Error error =
-      driver->Check(driver->cuLibraryGetKernel(&kernel, (*library)->get(), plan.entry.c_str()), "cuLibraryGetKernel",
-                    Describe(plan));
+  ffi::Error error = driver->Check(driver->cuLibraryGetKernel(&kernel, (*library)->get(), plan.entry.c_str()),
+                                   "cuLibraryGetKernel", Describe(plan));
   if (error.failure()) return ffi::Unexpected(error);
   return std::unique_ptr<Kernel>(new Kernel(*driver, std::move(plan), *std::move(library), kernel));
 }
@@ -71,15 +70,15 @@ ffi::Error Kernel::Prepare(int device, CUstream stream) {
 
   // Two threads may come here at once: they do the same work twice, and store the same function.
   const ScopedContext context(driver_, stream);
-  if (ffi::Error error = Check(context.result(), "cuStreamGetCtx, cuCtxPushCurrent"); error.failure()) return error;
+  if (ffi::Error error = Check(context.result(), "cuCtxPushCurrent"); error.failure()) return error;
   const ffi::ErrorOr<CUfunction> function = LoadInCurrentContext();
   if (function.has_error()) return function.error();
   if (ffi::Error error = CheckParameters(*function); error.failure()) return error;
   if (ffi::Error error = AllowSharedMemory(*function, device); error.failure()) return error;
   if (plan_.cluster_size() > kPortableClusterSize) {
-    ffi::Error error = Check(
-        driver_.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
-        "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)");
+    ffi::Error error =
+        Check(driver_.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+              "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)");
     if (error.failure()) return error;
   }
   functions_[device].store(*function, std::memory_order_release);
@@ -96,8 +95,8 @@ ffi::ErrorOr<CUfunction> Kernel::function(int device) const {
   return function;
 }
 
-// Loads eagerly: a lazy load at the first launch waits for the device, which may be waiting in a collective for a
-// device that this launch holds up.
+// Loads eagerly: a lazy load at the first launch waits for the device, which may be waiting in a collective
+// for a device that this launch holds up.
 ffi::ErrorOr<CUfunction> Kernel::LoadInCurrentContext() const {
   CUfunction function = nullptr;
   ffi::Error error = Check(driver_.cuKernelGetFunction(&function, kernel_), "cuKernelGetFunction");
@@ -118,12 +117,13 @@ ffi::Error Kernel::AllowSharedMemory(CUfunction function, int device) const {
   if (error.failure()) return error;
 
   if (int64_t{plan_.shared_bytes} > available - fixed) {
-    return ffi::Error::InvalidArgument("jax_fp8gemm: device " + std::to_string(device) + " has " +
-                                       std::to_string(available) + " bytes of shared memory per block, of which the " +
-                                       "kernel's static variables take " + std::to_string(fixed) + "; " +
-                                       Describe(plan_));
+    return ffi::Error::InvalidArgument(
+        "jax_fp8gemm: device " + std::to_string(device) + " has " + std::to_string(available) +
+        " bytes of shared memory per block, of which the kernel's static variables take " +
+        std::to_string(fixed) + "; " + Describe(plan_));
   }
-  return Check(driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, available - fixed),
+  return Check(driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                          available - fixed),
                "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
 }
 
@@ -131,8 +131,8 @@ ffi::Error Kernel::CheckParameters(CUfunction function) const {
   size_t count = 0, offset, bytes;
   for (; driver_.cuFuncGetParamInfo(function, count, &offset, &bytes) == CUDA_SUCCESS; ++count) {
     if (count < plan_.arguments.size() && bytes != ParameterBytes(plan_.arguments[count])) {
-      return ffi::Error::InvalidArgument("jax_fp8gemm: the kernel's parameter " + std::to_string(count) + " has " +
-                                         std::to_string(bytes) + " bytes, the plan's argument " +
+      return ffi::Error::InvalidArgument("jax_fp8gemm: the kernel's parameter " + std::to_string(count) +
+                                         " has " + std::to_string(bytes) + " bytes, the plan's argument " +
                                          std::to_string(ParameterBytes(plan_.arguments[count])) + "; " +
                                          Describe(plan_));
     }
@@ -147,8 +147,8 @@ ffi::Error Kernel::CheckParameters(CUfunction function) const {
 
 ffi::Error Kernel::CheckDevice(int device) const {
   if (device >= 0 && device < driver_.num_devices) return ffi::Error::Success();
-  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " + std::to_string(driver_.num_devices) +
-                              ", got " + std::to_string(device));
+  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " +
+                              std::to_string(driver_.num_devices) + ", got " + std::to_string(device));
 }
 
 ffi::Error Kernel::Check(CUresult result, const char* call) const {

@@ -25,8 +25,9 @@ class Kernel {
   // Loads the cubin and finds the plan's entry in it. Needs no device.
   static ffi::ErrorOr<std::unique_ptr<Kernel>> Create(std::string_view cubin, Plan plan);
 
-  // Makes the kernel ready on a device, whose stream this is: loads it there, sets its attributes, and checks that
-  // it takes the plan's arguments and finds the shared memory. Later calls for the device return at once.
+  // Makes the kernel ready on a device, whose stream this is: loads it there, sets its attributes, and checks
+  // that it takes the plan's arguments and finds the shared memory. Later calls for the device return at
+  // once.
   ffi::Error Prepare(int device, CUstream stream);
 
   const Driver& driver() const { return driver_; }

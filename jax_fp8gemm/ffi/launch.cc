@@ -18,7 +18,8 @@ union Parameter {
 };
 
 std::string Describe(const Buffer& buffer) {
-  return std::to_string(buffer.bytes) + " bytes at address " + std::to_string(reinterpret_cast<uintptr_t>(buffer.data));
+  return std::to_string(buffer.bytes) + " bytes at address " +
+         std::to_string(reinterpret_cast<uintptr_t>(buffer.data));
 }
 
 CUtensorMapDataType DataType(MapType type) {
@@ -66,8 +67,8 @@ class Filler {
     if (ffi::Error error = CheckBuffer(map.buffer); error.failure()) return error;
     const Buffer& buffer = buffers_[map.buffer];
     if (map.extent > buffer.bytes) {
-      return Invalid(Describe(map) + " reaches over " + std::to_string(map.extent) + " bytes, the buffer has " +
-                     Describe(buffer));
+      return Invalid(Describe(map) + " reaches over " + std::to_string(map.extent) +
+                     " bytes, the buffer has " + Describe(buffer));
     }
     if (reinterpret_cast<uintptr_t>(buffer.data) % kMapAlignment) {
       return Invalid(Describe(map) + " needs an address that is a multiple of 16, got " + Describe(buffer));
@@ -79,13 +80,14 @@ class Filler {
   ffi::Error Encode(const TensorMap& map, const Buffer& buffer, CUtensorMap& encoded) const {
     std::array<uint32_t, kMaxRank> element_strides;
     element_strides.fill(1);
-    // FP8 operands are read in whole rows of 128-byte boxes, next to each other: promote them to longer L2 reads.
+    // FP8 operands are read in boxes 128 bytes wide, one after the other along K: fetch two at a time.
     const CUtensorMapL2promotion promotion =
         map.type == MapType::kU8 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-    const CUresult result = driver_.cuTensorMapEncodeTiled(
-        &encoded, DataType(map.type), map.rank, buffer.data, map.shape.data(), map.strides.data(), map.box.data(),
-        element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, Swizzle(map.swizzle), promotion,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros outside of the shape
+    const CUresult result =
+        driver_.cuTensorMapEncodeTiled(&encoded, DataType(map.type), map.rank, buffer.data, map.shape.data(),
+                                       map.strides.data(), map.box.data(), element_strides.data(),
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, Swizzle(map.swizzle), promotion,
+                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros outside of the shape
     if (result == CUDA_SUCCESS) return ffi::Error::Success();
     return driver_.Check(result, "cuTensorMapEncodeTiled", Describe(map) + "; " + Describe(plan_));
   }
@@ -105,7 +107,8 @@ class Filler {
   ffi::Span<const Buffer> buffers_;
 };
 
-ffi::Error Enqueue(const Driver& driver, const Plan& plan, CUfunction function, CUstream stream, void** parameters) {
+ffi::Error Enqueue(const Driver& driver, const Plan& plan, CUfunction function, CUstream stream,
+                   void** parameters) {
   std::array<CUlaunchAttribute, 2> attributes{};
   CUlaunchConfig config{};
   config.gridDimX = plan.grid[0], config.gridDimY = plan.grid[1], config.gridDimZ = plan.grid[2];
@@ -139,8 +142,8 @@ ffi::Error Launch(const Driver& driver, const Plan& plan, CUfunction function, C
   std::vector<void*> addresses(plan.arguments.size());
   for (size_t i = 0; i < plan.arguments.size(); ++i) {
     addresses[i] = &parameters[i];
-    ffi::Error error =
-        std::visit([&](const auto& argument) { return filler.Fill(argument, parameters[i]); }, plan.arguments[i]);
+    ffi::Error error = std::visit([&](const auto& argument) { return filler.Fill(argument, parameters[i]); },
+                                  plan.arguments[i]);
     if (error.failure()) return error;
   }
   return Enqueue(driver, plan, function, stream, addresses.data());

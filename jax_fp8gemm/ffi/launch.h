@@ -17,8 +17,8 @@ struct Buffer {
   size_t bytes;
 };
 
-// Follows the plan on a stream. Allocates nothing on the device and asks the stream nothing, so that it can be
-// recorded into a CUDA graph; the buffers' contents are not looked at.
+// Follows the plan on a stream. Allocates nothing on the device and asks the stream nothing, so that it can
+// be recorded into a CUDA graph; the buffers' contents are not looked at.
 ffi::Error Launch(const Driver& driver, const Plan& plan, CUfunction function, CUstream stream,
                   ffi::Span<const Buffer> buffers);
 

@@ -14,7 +14,8 @@ struct Registry {
 };
 
 Registry& GetRegistry() {
-  static Registry& registry = *new Registry;  // leaked: XLA may still instantiate while static objects are destroyed
+  static Registry& registry =
+      *new Registry;  // leaked: XLA may still instantiate while static objects are destroyed
   return registry;
 }
 
@@ -32,8 +33,9 @@ ffi::ErrorOr<std::shared_ptr<const Library>> Library::Load(const Driver& driver,
   }
 
   CUlibrary handle = nullptr;
-  ffi::Error error = driver.Check(driver.cuLibraryLoadData(&handle, key.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-                                  "cuLibraryLoadData", "a cubin of " + std::to_string(cubin.size()) + " bytes");
+  ffi::Error error =
+      driver.Check(driver.cuLibraryLoadData(&handle, key.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+                   "cuLibraryLoadData", "a cubin of " + std::to_string(cubin.size()) + " bytes");
   if (error.failure()) return ffi::Unexpected(error);
   auto library = std::make_shared<const Library>(driver, handle);
   registry.libraries.insert_or_assign(std::move(key), library);

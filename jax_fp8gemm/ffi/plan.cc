@@ -128,7 +128,8 @@ ffi::ErrorOr<Plan> DecodeLaunch(ffi::Span<const int64_t> launch) {
   }
   for (int i = 0; i < 3; ++i) {
     if (plan.grid[i] % plan.cluster[i]) {
-      return Malformed("grid: expected whole clusters of " + Tuple(plan.cluster, 3) + ", got " + Tuple(plan.grid, 3));
+      return Malformed("grid: expected whole clusters of " + Tuple(plan.cluster, 3) + ", got " +
+                       Tuple(plan.grid, 3));
     }
   }
   return plan;
@@ -164,17 +165,18 @@ ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> l
 
 std::string Describe(const Plan& plan) {
   std::ostringstream out;
-  out << "kernel " << plan.entry << ", grid " << Tuple(plan.grid, 3) << ", cluster " << Tuple(plan.cluster, 3) << ", "
-      << plan.block << " threads, " << plan.shared_bytes << " bytes of dynamic shared memory"
+  out << "kernel " << plan.entry << ", grid " << Tuple(plan.grid, 3) << ", cluster " << Tuple(plan.cluster, 3)
+      << ", " << plan.block << " threads, " << plan.shared_bytes << " bytes of dynamic shared memory"
       << (plan.programmatic ? ", programmatic" : "");
   return out.str();
 }
 
 std::string Describe(const TensorMap& map) {
   std::ostringstream out;
-  out << Name(map.type) << " tensor map over buffer " << map.buffer << ": shape " << Tuple(map.shape, map.rank)
-      << ", strides " << (map.rank == 1 ? "()" : Tuple(map.strides, map.rank - 1)) << ", box "
-      << Tuple(map.box, map.rank) << ", swizzle " << map.swizzle;
+  out << Name(map.type) << " tensor map over buffer " << map.buffer << ": shape "
+      << Tuple(map.shape, map.rank) << ", strides "
+      << (map.rank == 1 ? "()" : Tuple(map.strides, map.rank - 1)) << ", box " << Tuple(map.box, map.rank)
+      << ", swizzle " << map.swizzle;
   return out.str();
 }
 

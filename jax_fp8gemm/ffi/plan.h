@@ -58,12 +58,14 @@ struct Plan {
   uint32_t cluster_size() const { return cluster[0] * cluster[1] * cluster[2]; }
 };
 
-// Decodes and checks the attributes. A plan that passes is safe to follow, whatever wrote it: every number is in
-// the range of its CUDA type. What only the driver knows (a box that fits the swizzle, say) is left to the driver.
+// Decodes and checks the attributes. A plan that passes is safe to follow, whatever wrote it: every number is
+// in the range of its CUDA type. What only the driver knows (a box that fits the swizzle, say) is left to the
+// driver.
 ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> launch,
                               ffi::Span<const int64_t> arguments);
 
-// In words, for errors: "kernel fp8_gemm, grid (132, 1, 1), cluster (2, 1, 1), 384 threads, 221184 bytes of ...".
+// In words, for errors: "kernel fp8_gemm, grid (132, 1, 1), cluster (2, 1, 1), 384 threads, 221184 bytes of
+// ...".
 std::string Describe(const Plan& plan);
 std::string Describe(const TensorMap& map);
 

@@ -16,8 +16,8 @@ namespace {
 
 using Numbers = ffi::Span<const int64_t>;
 
-ffi::ErrorOr<std::unique_ptr<Kernel>> InstantiateKernel(std::string_view cubin, std::string_view entry, Numbers launch,
-                                                        Numbers arguments) {
+ffi::ErrorOr<std::unique_ptr<Kernel>> InstantiateKernel(std::string_view cubin, std::string_view entry,
+                                                        Numbers launch, Numbers arguments) {
   ffi::ErrorOr<Plan> plan = DecodePlan(entry, launch, arguments);
   if (plan.has_error()) return ffi::Unexpected(plan.error());
   return Kernel::Create(cubin, *std::move(plan));

@@ -1,6 +1,8 @@
-// A libcuda.so.1 without a GPU: two devices, and a journal of what was asked of them, one JSON object per line.
+// A libcuda.so.1 without a GPU: two devices, and a journal of what was asked of them, one JSON object per
+// line.
 //
-// A fake cubin is text: "entry size size ...;static shared bytes", the sizes being those of the kernel's parameters.
+// A fake cubin is text: "entry size size ...;static shared bytes", the sizes being those of the kernel's
+// parameters.
 #include <cuda.h>
 
 #include <algorithm>
@@ -70,9 +72,9 @@ std::string Quoted(const std::string& text) { return "\"" + text + "\""; }
 
 }  // namespace
 
-#define RETURN_INJECTED(call)                                                   \
-  if (const CUresult failure = Failure(call); failure != CUDA_SUCCESS) {        \
-    return failure;                                                             \
+#define RETURN_INJECTED(call)                                            \
+  if (const CUresult failure = Failure(call); failure != CUDA_SUCCESS) { \
+    return failure;                                                      \
   }
 
 extern "C" {
@@ -94,7 +96,10 @@ void fake_cuda_fail(const char* call, int result) {
 // Streams and contexts are their device's number plus one, so that none is null.
 void* fake_cuda_stream(int device) { return reinterpret_cast<void*>(uintptr_t(device) + 1); }
 
-CUresult cuInit(unsigned) { RETURN_INJECTED("cuInit"); return CUDA_SUCCESS; }
+CUresult cuInit(unsigned) {
+  RETURN_INJECTED("cuInit");
+  return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorName(CUresult result, const char** name) {
   if (result == CUDA_ERROR_NOT_FOUND) *name = "CUDA_ERROR_NOT_FOUND";
@@ -104,9 +109,15 @@ CUresult cuGetErrorName(CUresult result, const char** name) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuGetErrorString(CUresult, const char** text) { *text = "as told"; return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult, const char** text) {
+  *text = "as told";
+  return CUDA_SUCCESS;
+}
 
-CUresult cuDeviceGetCount(int* count) { *count = kNumDevices; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int* count) {
+  *count = kNumDevices;
+  return CUDA_SUCCESS;
+}
 
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
   if (attribute != CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) return CUDA_ERROR_INVALID_VALUE;
@@ -119,7 +130,10 @@ CUresult cuStreamGetCtx(CUstream stream, CUcontext* context) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxPushCurrent(CUcontext context) { contexts.push_back(context); return CUDA_SUCCESS; }
+CUresult cuCtxPushCurrent(CUcontext context) {
+  contexts.push_back(context);
+  return CUDA_SUCCESS;
+}
 
 CUresult cuCtxPopCurrent(CUcontext* context) {
   *context = contexts.back();
@@ -127,8 +141,8 @@ CUresult cuCtxPopCurrent(CUcontext* context) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned, CUlibraryOption*,
-                           void**, unsigned) {
+CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned,
+                           CUlibraryOption*, void**, unsigned) {
   Line("cuLibraryLoadData").Add("context", CurrentContext());
   RETURN_INJECTED("cuLibraryLoadData");
   std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time for another thread to come by
@@ -156,8 +170,8 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* nam
 
 CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
   if (CurrentContext() == 0) return CUDA_ERROR_INVALID_CONTEXT;
-  *function = reinterpret_cast<CUfunction>(
-      new FakeFunction{reinterpret_cast<const FakeKernel*>(kernel), CurrentContext()});  // the process is short
+  *function = reinterpret_cast<CUfunction>(new FakeFunction{reinterpret_cast<const FakeKernel*>(kernel),
+                                                            CurrentContext()});  // the process is short
   return CUDA_SUCCESS;
 }
 

@@ -26,7 +26,9 @@ const XLA_FFI_Api* Api() {
   static const XLA_FFI_Api* const api = [] {
     auto* api = new XLA_FFI_Api{};
     api->struct_size = XLA_FFI_Api_STRUCT_SIZE;
-    api->XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) { return new XLA_FFI_Error{args->message}; };
+    api->XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) {
+      return new XLA_FFI_Error{args->message};
+    };
     api->XLA_FFI_Stream_Get = [](XLA_FFI_Stream_Get_Args* args) -> XLA_FFI_Error* {
       args->stream = Behind(args->ctx)->stream;
       return nullptr;
@@ -93,20 +95,22 @@ const char* Outcome(XLA_FFI_Error* error) {
 
 extern "C" {
 
-// Calls a handler. Every stage is given the attributes, as XLA does; results follow the operands among the buffers.
-const char* fake_xla_call(XLA_FFI_Handler* handler, int stage, Call* call, const char* cubin, size_t cubin_size,
-                          const char* entry, int64_t* launch, size_t launch_size, int64_t* arguments,
-                          size_t arguments_size, int num_operands, int num_results, void** addresses,
-                          int64_t* sizes) {
+// Calls a handler. Every stage is given the attributes, as XLA does; results follow the operands among the
+// buffers.
+const char* fake_xla_call(XLA_FFI_Handler* handler, int stage, Call* call, const char* cubin,
+                          size_t cubin_size, const char* entry, int64_t* launch, size_t launch_size,
+                          int64_t* arguments, size_t arguments_size, int num_operands, int num_results,
+                          void** addresses, int64_t* sizes) {
   Attributes attributes{{cubin, cubin_size},
                         {entry, std::string_view(entry).size()},
                         {XLA_FFI_DataType_S64, launch_size, launch},
                         {XLA_FFI_DataType_S64, arguments_size, arguments}};
   std::array<XLA_FFI_ByteSpan, 4> names{{{"arguments", 9}, {"cubin", 5}, {"entry", 5}, {"launch", 6}}};
   std::array<XLA_FFI_ByteSpan*, 4> name_pointers{&names[0], &names[1], &names[2], &names[3]};
-  std::array<XLA_FFI_AttrType, 4> types{XLA_FFI_AttrType_ARRAY, XLA_FFI_AttrType_STRING, XLA_FFI_AttrType_STRING,
-                                        XLA_FFI_AttrType_ARRAY};
-  std::array<void*, 4> values{&attributes.arguments, &attributes.cubin, &attributes.entry, &attributes.launch};
+  std::array<XLA_FFI_AttrType, 4> types{XLA_FFI_AttrType_ARRAY, XLA_FFI_AttrType_STRING,
+                                        XLA_FFI_AttrType_STRING, XLA_FFI_AttrType_ARRAY};
+  std::array<void*, 4> values{&attributes.arguments, &attributes.cubin, &attributes.entry,
+                              &attributes.launch};
 
   XLA_FFI_CallFrame frame = Frame(call, stage);
   frame.attrs.size = 4;

@@ -1,7 +1,7 @@
-"""The FFI handlers, driven without a GPU: fake_xla.cc calls the built extension, which finds fake_cuda.cc as libcuda.
+"""The FFI handlers, driven without a GPU: fake_xla.cc calls the built extension, which opens fake_cuda.cc.
 
 test_ffi_stages.py runs each scenario in a process of its own, since a process opens the driver once:
-python scenarios.py SCENARIO EXTENSION_MODULE LAUNCH_PY FAKE_XLA (with the fake libcuda.so.1 in LD_LIBRARY_PATH).
+LD_LIBRARY_PATH=FOLDER_OF_LIBCUDA python scenarios.py SCENARIO EXTENSION_MODULE LAUNCH_PY FAKE_XLA
 """
 
 import concurrent.futures
@@ -13,7 +13,9 @@ import sys
 import numpy as np
 
 INSTANTIATE, INITIALIZE, EXECUTE = 0, 2, 3
-CUBIN = b"fp8_gemm 128 8 4 128 ;1024\0"  # what fake_cuda.cc reads: parameters of these sizes, 1024 static bytes
+CUBIN = (
+    b"fp8_gemm 128 8 4 128 ;1024\0"  # what fake_cuda.cc reads: parameters of these sizes, 1024 static bytes
+)
 ADDRESSES = (0x10000, 0x20000, 0x30010)
 SIZES = (300 * 256, 96 * 4, 300 * 40 * 2)  # lhs u8 [300, 256], scales f32 [96], out bf16 [300, 40]
 
@@ -75,11 +77,21 @@ class Double:
         int64s = lambda array: array.ctypes.data_as(ctypes.c_void_p)  # keeps the array alive
         size = ctypes.c_size_t
         error = self.xla.fake_xla_call(
-            pointer(self._handlers[name]), stage, ctypes.byref(call),
-            attributes["cubin"], size(len(attributes["cubin"])), attributes["entry"].encode(),
-            int64s(launch), size(launch.size), int64s(arguments), size(arguments.size),
-            max(len(addresses) - 1, 0), min(len(addresses), 1),  # the last buffer is the result
-            int64s(np.array(addresses, np.int64)), int64s(np.array(sizes, np.int64)))
+            pointer(self._handlers[name]),
+            stage,
+            ctypes.byref(call),
+            attributes["cubin"],
+            size(len(attributes["cubin"])),
+            attributes["entry"].encode(),
+            int64s(launch),
+            size(launch.size),
+            int64s(arguments),
+            size(arguments.size),
+            max(len(addresses) - 1, 0),
+            min(len(addresses), 1),  # the last buffer is the result
+            int64s(np.array(addresses, np.int64)),
+            int64s(np.array(sizes, np.int64)),
+        )
         return error and error.decode()
 
     def instantiate(self, plan, call=None):
@@ -136,16 +148,47 @@ def scenario_launch(double):
     assert double.execute(call, plan) is None
     lhs, out, launch = double.journal()
     # CU_TENSOR_MAP_DATA_TYPE_UINT8, _SWIZZLE_128B, _L2_PROMOTION_L2_256B
-    assert lhs == {"call": "cuTensorMapEncodeTiled", "map": 0, "type": 0, "address": 0x10000, "shape": [256, 300],
-                   "strides": [256], "box": [128, 64], "element_strides": [1, 1], "interleave": 0, "swizzle": 3,
-                   "promotion": 3, "fill": 0}, lhs
+    assert lhs == {
+        "call": "cuTensorMapEncodeTiled",
+        "map": 0,
+        "type": 0,
+        "address": 0x10000,
+        "shape": [256, 300],
+        "strides": [256],
+        "box": [128, 64],
+        "element_strides": [1, 1],
+        "interleave": 0,
+        "swizzle": 3,
+        "promotion": 3,
+        "fill": 0,
+    }, lhs
     # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _SWIZZLE_64B, _L2_PROMOTION_L2_128B
-    assert out == {"call": "cuTensorMapEncodeTiled", "map": 1, "type": 9, "address": 0x30010, "shape": [40, 300],
-                   "strides": [80], "box": [32, 64], "element_strides": [1, 1], "interleave": 0, "swizzle": 2,
-                   "promotion": 2, "fill": 0}, out
-    assert launch == {"call": "cuLaunchKernelEx", "entry": "fp8_gemm", "context": 1, "stream": 1, "grid": [6, 1, 1],
-                      "block": [384, 1, 1], "cluster": [2, 1, 1], "programmatic": 1, "shared_bytes": 200000,
-                      "parameters": [0, 0x20000, 4_000_000_000, 1]}, launch
+    assert out == {
+        "call": "cuTensorMapEncodeTiled",
+        "map": 1,
+        "type": 9,
+        "address": 0x30010,
+        "shape": [40, 300],
+        "strides": [80],
+        "box": [32, 64],
+        "element_strides": [1, 1],
+        "interleave": 0,
+        "swizzle": 2,
+        "promotion": 2,
+        "fill": 0,
+    }, out
+    assert launch == {
+        "call": "cuLaunchKernelEx",
+        "entry": "fp8_gemm",
+        "context": 1,
+        "stream": 1,
+        "grid": [6, 1, 1],
+        "block": [384, 1, 1],
+        "cluster": [2, 1, 1],
+        "programmatic": 1,
+        "shared_bytes": 200000,
+        "parameters": [0, 0x20000, 4_000_000_000, 1],
+    }, launch
 
 
 def scenario_plain_launch(double):
@@ -174,7 +217,8 @@ def scenario_prepare_once_per_device(double):
         assert double.journal() == [
             {"call": "cuFuncLoad", "context": context},
             {"call": "cuFuncSetAttribute", "attribute": 8, "value": 232448 - 1024, "context": context},
-            {"call": "cuFuncSetAttribute", "attribute": 14, "value": 1, "context": context}]
+            {"call": "cuFuncSetAttribute", "attribute": 14, "value": 1, "context": context},
+        ]
         assert double.initialize(call, plan, device) is None
         assert double.journal() == []
         assert double.execute(call, plan, device) is None
@@ -233,18 +277,36 @@ def scenario_devices_share_one_call(double):
 def scenario_bad_buffers(double):
     plan = double.plan()
     call = double.ready(plan)
-    expect(double.execute(call, plan, addresses=ADDRESSES[:2], sizes=SIZES[:2]), "buffer index below 2, got 2",
-           "kernel fp8_gemm")
-    expect(double.execute(call, plan, addresses=(0x10008, *ADDRESSES[1:])), "multiple of 16", str(0x10008),
-           "u8 tensor map over buffer 0", "shape (256, 300)", "box (128, 64)")
-    expect(double.execute(call, plan, sizes=(*SIZES[:2], SIZES[2] - 1)), "reaches over 24000 bytes", "23999 bytes")
+    expect(
+        double.execute(call, plan, addresses=ADDRESSES[:2], sizes=SIZES[:2]),
+        "buffer index below 2, got 2",
+        "kernel fp8_gemm",
+    )
+    expect(
+        double.execute(call, plan, addresses=(0x10008, *ADDRESSES[1:])),
+        "multiple of 16",
+        str(0x10008),
+        "u8 tensor map over buffer 0",
+        "shape (256, 300)",
+        "box (128, 64)",
+    )
+    expect(
+        double.execute(call, plan, sizes=(*SIZES[:2], SIZES[2] - 1)),
+        "reaches over 24000 bytes",
+        "23999 bytes",
+    )
     assert double.journal("cuLaunchKernelEx") == []
 
 
 def scenario_bad_kernels(double):
-    expect(double.instantiate(double.plan(entry="gemm")), "cuLibraryGetKernel: CUDA_ERROR_NOT_FOUND (as told)",
-           "kernel gemm")
-    expect(double.instantiate(double.plan(block=0)), "malformed launch plan", "block: expected 1 to 1024, got 0")
+    expect(
+        double.instantiate(double.plan(entry="gemm")),
+        "cuLibraryGetKernel: CUDA_ERROR_NOT_FOUND (as told)",
+        "kernel gemm",
+    )
+    expect(
+        double.instantiate(double.plan(block=0)), "malformed launch plan", "block: expected 1 to 1024, got 0"
+    )
     for changes, words in (
         ({"shared_bytes": 231425}, ("232448", "1024", "231425")),
         ({"arguments": double.plan().arguments[:3]}, ("4 parameters", "3 arguments")),
@@ -267,14 +329,19 @@ def scenario_driver_errors(double):
     expect(double.initialize(call, plan), "cuFuncLoad: CUDA_ERROR_OUT_OF_MEMORY", "384 threads")
     double.fail("cuFuncLoad", 0)
     assert double.initialize(call, plan) is None  # a failure is not remembered
-    for entry, words in (("cuTensorMapEncodeTiled", ("CUDA_ERROR_INVALID_VALUE", "u8 tensor map")),
-                         ("cuLaunchKernelEx", ("CUDA_ERROR_INVALID_VALUE", "grid (6, 1, 1), cluster (2, 1, 1)"))):
+    for entry, words in (
+        ("cuTensorMapEncodeTiled", ("CUDA_ERROR_INVALID_VALUE", "u8 tensor map")),
+        ("cuLaunchKernelEx", ("CUDA_ERROR_INVALID_VALUE", "grid (6, 1, 1), cluster (2, 1, 1)")),
+    ):
         double.fail(entry, 1)
         expect(double.execute(call, plan), entry, *words)
         double.fail(entry, 0)
     double.fail("cuLibraryLoadData", out_of_memory)
-    expect(double.instantiate(double.plan(cubin=CUBIN + b"\0")), "cuLibraryLoadData: CUDA_ERROR_OUT_OF_MEMORY",
-           f"{len(CUBIN) + 1} bytes")
+    expect(
+        double.instantiate(double.plan(cubin=CUBIN + b"\0")),
+        "cuLibraryLoadData: CUDA_ERROR_OUT_OF_MEMORY",
+        f"{len(CUBIN) + 1} bytes",
+    )
 
 
 def scenario_no_device(double):
