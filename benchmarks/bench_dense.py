@@ -195,8 +195,7 @@ def main() -> int:
     timer = _kernel_timer(report)
     report["peers"] = {name: {"title": peer.title, "note": peer.note, "uses_scales": peer.uses_scales}
                        for name, peer in peers.items()}
-    slug = report["gpu"].lower().replace(" ", "-")
-    out = arguments.out or environment.RESULTS / f"dense-{slug}.json"
+    out = arguments.out or environment.result_path(report)
     report["rows"] = []
     for workload in (bar := tqdm.tqdm(shapes, desc="measuring")):
         bar.set_postfix_str(workload.name)

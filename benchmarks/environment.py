@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
@@ -42,17 +43,23 @@ def describe(kind: str) -> dict[str, Any]:
     commit = _output("git", "rev-parse", "HEAD")
     changed = "+changes" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {"schema": SCHEMA, "kind": kind, "complete": False,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "gpu": gpu or "none", "driver": driver or "none", "versions": _versions(),
             "commit": commit + changed or "unknown"}
 
 
 def write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    """Replaces the file in one step, so that a reader never sees half of it."""
+    """Replaces the file in one step, so that a reader never sees half of it; lists of numbers take one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
+    text = re.sub(r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(report, indent=1))
+    partial.write_text(text + "\n")
     partial.replace(path)
+
+
+def result_path(report: dict[str, Any]) -> pathlib.Path:
+    """Where a report is kept: one file per kind of benchmark and GPU."""
+    return RESULTS / f"{report['kind']}-{report['gpu'].lower().replace(' ', '-')}.json"
 
 
 def read(path: pathlib.Path, kind: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class JaxPeer(Peer):
         compiled = self._compile(operands.workload, calls)
         arrays = self.arrays(operands)
         # Copies: XLA would merge equal calls, and the weights of one would be in L2 for the next.
-        sets = (arrays, *(tuple(a.copy() for a in arrays) for _ in range(calls - 1)))
+        sets = (arrays, *(tuple(map(_copy, arrays)) for _ in range(calls - 1)))
         sets = jax.block_until_ready(sets)
         return Call(run=lambda: compiled(sets), wait=jax.block_until_ready)
 
@@ -87,6 +87,10 @@ class JaxPeer(Peer):
 
     def _row_major(self, *structs: jax.ShapeDtypeStruct) -> tuple[tuple[jax.ShapeDtypeStruct, None], ...]:
         return tuple((struct, None) for struct in structs)
+
+
+def _copy(array: jax.Array) -> jax.Array:
+    return jax.device_put(array.copy(), array.format)  # copy() alone does not keep the layout
 
 
 def _fp8(bits: np.ndarray) -> np.ndarray:

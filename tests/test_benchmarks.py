@@ -1,0 +1,296 @@
+"""The benchmarks' parts that need no GPU: workloads, operands, statistics, attribution of kernels, reports, tables."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pathlib
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # last, so that an installed jax_fp8gemm goes before the checkout's
+
+from benchmarks import bench_compile, bench_dense, environment, peers, plot, readme_table, timing, workloads  # noqa: E402
+from benchmarks.operands import dequantized_product, random_operands, relative_error  # noqa: E402
+from benchmarks.timing import Activity, Call, Samples  # noqa: E402
+from benchmarks.workloads import Workload  # noqa: E402
+
+PEERS = {"fp8_gemm": 10.0, "deepgemm": 12.0, "jnp_bf16": 30.0}  # microseconds in the made-up report
+
+
+def _result(us: float, workload: Workload) -> dict:
+    return {"error": 1.7e-3, "kernel": bench_dense.rates(Samples((us, us + 1, us - 1), ("kernel",)), workload)}
+
+
+@pytest.fixture
+def report() -> dict:
+    """A report as bench_dense writes it, with two rows of which DeepGEMM misses one."""
+    rows = []
+    for index, name in enumerate(("64x2112x7168", "4096x4096x7168")):
+        workload = workloads.parse(name)
+        results = {peer: _result(us * 2**index, workload) for peer, us in PEERS.items()}
+        if index == 1:
+            results["deepgemm"] = {"unsupported": "no such kernel"}
+        rows.append({"workload": name, "m": workload.m, "n": workload.n, "k": workload.k,
+                     "tags": sorted(workload.tags), "flops": workload.flops, "bytes": workload.bytes,
+                     "results": results, "speedup": {"kernel": bench_dense.speedups(results, "kernel")}})
+    return {"schema": environment.SCHEMA, "kind": "dense", "complete": True, "date": "2026-11-21T07:00:00+00:00",
+            "gpu": "NVIDIA H200", "driver": "580.1", "versions": {"jax": "0.11.2", "torch": "2.11.0"}, "commit": "c0ffee",
+            "repeats": 20, "program_calls": 20, "absent": {"cutlass_block": "nvcc is not installed"},
+            "peers": {name: {"title": name.title(), "note": "", "uses_scales": True} for name in PEERS},
+            "rows": rows, "geometric_means": bench_dense.geometric_means(rows)}
+
+
+def test_the_list_has_the_problems_that_the_goals_are_stated_for():
+    dense = workloads.select("dense")
+    assert [w.m for w in dense].count(64) == [w.m for w in dense].count(128) == [w.m for w in dense].count(4096) == 6
+    assert dense[-1].name == "8192x8192x8192" and len(dense) == 19
+    assert {w.m for w in workloads.select("decode")} == {1, 16}
+    assert {w.name for w in workloads.select("sustained")} == {"4096x7168x16384", "4096x4096x7168", "8192x8192x8192"}
+    assert len(set(workloads.WORKLOADS)) == len(workloads.WORKLOADS)
+    assert {tag for w in workloads.WORKLOADS for tag in w.tags} == set(workloads.TAGS)
+
+
+def test_bytes_count_every_array_once():
+    # lhs 3x256, rhs 130x256, f32 scales 3x2 and 2x2, bf16 out 3x130
+    assert Workload(3, 130, 256).bytes == 3 * 256 + 130 * 256 + 4 * (3 * 2 + 2 * 2) + 2 * 3 * 130
+    assert Workload(3, 130, 256).flops == 2 * 3 * 130 * 256
+    assert workloads.QuantizeWorkload(3, 256, (1, 128)).bytes == 3 * 3 * 256 + 4 * 3 * 2
+    assert workloads.QuantizeWorkload(130, 256, (128, 128)).bytes == 3 * 130 * 256 + 4 * 2 * 2
+
+
+def test_parse_finds_the_tags_of_listed_shapes():
+    assert workloads.parse("64x2112x7168").tags == {"batch", "dense"}
+    assert workloads.parse("7X576x7168") == Workload(7, 576, 7168)
+
+
+@pytest.mark.parametrize("text", ["64x2112", "64x2112x", "0x16x16", "axbxc"])
+def test_parse_names_what_is_wrong(text):
+    with pytest.raises(ValueError, match=rf"shape: expected .*{text}"):
+        workloads.parse(text)
+
+
+def test_select_refuses_unknown_tags():
+    with pytest.raises(ValueError, match="select: expected tags among .* got \\['big'\\]"):
+        workloads.select("big")
+
+
+def test_operands_are_reproducible_finite_and_of_real_magnitudes():
+    workload = Workload(130, 260, 400)
+    operands, again = random_operands(workload), random_operands(workload)
+    assert operands.lhs_scale.shape == (130, 4) and operands.rhs_scale.shape == (3, 4)
+    for field in ("lhs", "lhs_scale", "rhs", "rhs_scale"):
+        np.testing.assert_array_equal(getattr(operands, field), getattr(again, field))
+    values = operands.rhs.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.isfinite(values).all()
+    assert 150 < values.std() < 180  # 448 / 2.7 = 166, less what saturates
+    assert not np.array_equal(random_operands(workload, seed=1).lhs, operands.lhs)
+
+
+@pytest.mark.parametrize("uses_scales", [True, False])
+def test_dequantized_product_is_the_product_of_values_and_scales(uses_scales):
+    operands = random_operands(Workload(9, 200, 272))
+    lhs, rhs = (bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for bits in (operands.lhs, operands.rhs))
+    if uses_scales:
+        k_block = np.arange(272) // 128
+        lhs = lhs * operands.lhs_scale[:, k_block]
+        rhs = rhs * operands.rhs_scale[np.arange(200)[:, None] // 128, k_block[None, :]]
+    rows = np.array([0, 4, 8])
+    product = dequantized_product(operands, rows, uses_scales)
+    assert relative_error(product, (lhs @ rhs.T)[rows]) < 272 * 2.0**-24
+    assert relative_error(product * 1.02, (lhs @ rhs.T)[rows]) > 0.019
+
+
+def test_samples():
+    samples = Samples((4.0, 1.0, 2.0, 3.0, 100.0), ("gemm",))
+    assert samples.median == 3.0
+    assert samples.iqr == 2.0
+    assert Samples((5.0,)).iqr == 0.0
+    assert samples.summary() == {"median_us": 3.0, "min_us": 1.0, "iqr_us": 2.0,
+                                 "samples_us": [4.0, 1.0, 2.0, 3.0, 100.0], "kernels": ["gemm"]}
+    assert timing.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+
+
+def test_busy_time_counts_overlaps_once_and_gaps_never():
+    apart = [Activity("a", 0, 10), Activity("b", 15, 20)]
+    assert timing.busy_time(apart) == 15
+    assert timing.busy_time([*apart, Activity("c", 5, 17), Activity("d", 6, 7)]) == 20
+
+
+def test_kernels_belong_to_the_call_between_two_markers():
+    activities = [Activity("late", 50, 60), Activity("flush", 0, 1), Activity("gemm", 2, 3), Activity("stray", -5, -4),
+                  Activity("reduce", 3, 4), Activity("flush", 40, 45)]
+    names = [[a.name for a in group] for group in timing.split_at("flush", activities)]
+    assert names == [["gemm", "reduce"], ["late"]]
+
+
+def test_wall_time_divides_by_the_runs(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.5))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    runs, waited = [], []
+    samples = timing.wall_time(Call(lambda: runs.append(1) or len(runs), waited.append), runs=5, repeats=3)
+    assert samples.times == pytest.approx((0.5 / 5 * 1e6,) * 3)
+    assert len(runs) == 1 + 15 and waited == [1, 6, 11, 16]
+
+
+def test_rates_are_per_gemm():
+    workload = Workload(100, 100, 1280)
+    rates = bench_dense.rates(Samples((40.0,)), workload, calls=4)
+    assert rates["median_us"] == 10.0
+    assert rates["tflops"] == round(workload.flops / 10e-6 / 1e12, 1)
+    assert rates["gb_per_s"] == round(workload.bytes / 10e-6 / 1e9, 1)
+
+
+def test_speedups_and_their_means(report):
+    assert report["rows"][0]["speedup"]["kernel"] == {"deepgemm": 1.2, "jnp_bf16": 3.0}
+    assert report["rows"][1]["speedup"]["kernel"] == {"jnp_bf16": 3.0}
+    assert report["geometric_means"]["dense"]["deepgemm"] == {"mean": 1.2, "min": 1.2, "rows": 1}
+    assert report["geometric_means"]["dense"]["jnp_bf16"] == {"mean": 3.0, "min": 3.0, "rows": 2}
+
+
+class _Peer(peers.Peer):
+    """A peer that takes small problems and computes what it is told to be off by."""
+
+    title, note = "made up", ""
+
+    def __init__(self, factor: float = 1.0, absent: str = ""):
+        self._factor, self._absent = factor, absent
+
+    def prepare(self, workloads, calls=(1,)):
+        if self._absent:
+            raise peers.Absent(self._absent)
+
+    def bind(self, operands):
+        if operands.workload.m > 16:
+            raise peers.Unsupported("too many tokens")
+        rows = np.arange(operands.workload.m)
+        return Call(lambda: self._factor * dequantized_product(operands, rows), lambda _: None)
+
+    def to_host(self, result, rows):
+        return result[rows]
+
+
+def test_every_peer_gets_its_error_or_its_refusal():
+    both = {"right": _Peer(), "wrong": _Peer(1.5)}
+    calls, results = bench_dense.bind_all(both, random_operands(Workload(16, 128, 128)))
+    assert set(calls) == {"right", "wrong"}
+    assert results["right"]["error"] == 0.0
+    assert results["wrong"]["error"] == pytest.approx(0.5)
+    calls, results = bench_dense.bind_all(both, random_operands(Workload(17, 128, 128)))
+    assert calls == {} and results["right"] == {"unsupported": "too many tokens"}
+
+
+def test_a_peer_that_cannot_be_built_is_absent_with_its_reason():
+    both = {"fine": _Peer(), "broken": _Peer(absent="nvcc says no")}
+    assert bench_dense.prepare(both, [Workload(1, 128, 128)], (1,)) == {"broken": "nvcc says no"}
+
+
+def test_absent_peers_are_reported(monkeypatch):
+    for module in ("torch", "deep_gemm", "cutlass_library"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    for module in ("deepgemm", "cublaslt", "cutlass", "torch_peer"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.peers.{module}", raising=False)
+    present, absent = peers.load(["deepgemm", "cublaslt_block", "cublaslt_fast", "cutlass_block"])
+    assert present == {}
+    assert set(absent) == {"deepgemm", "cublaslt_block", "cublaslt_fast", "cutlass_block"}
+    assert all("torch" in reason for reason in absent.values())
+
+
+def test_unknown_peers_are_refused():
+    with pytest.raises(ValueError, match="peers: expected names among .* got 'cudnn'"):
+        peers.load(["cudnn"])
+
+
+def test_reports_survive_the_disk(report, tmp_path):
+    path = tmp_path / "results" / "dense.json"
+    environment.write(path, report)
+    assert environment.read(path, "dense") == report
+    assert [p.name for p in path.parent.iterdir()] == ["dense.json"]
+    with pytest.raises(ValueError, match="expected a report of kind 'compile' with schema 1, got \\('dense', 1\\)"):
+        environment.read(path, "compile")
+
+
+def test_the_head_of_a_report_says_where_it_is_from():
+    head = environment.describe("dense")
+    assert set(head) == {"schema", "kind", "complete", "date", "gpu", "driver", "versions", "commit"}
+    assert head["complete"] is False and "jax" in head["versions"]
+    assert environment.result_path(head | {"gpu": "NVIDIA H200"}).name == "dense-nvidia-h200.json"
+
+
+def test_the_printed_table_names_absent_and_unsupported_peers(report, capsys):
+    bench_dense.print_table(report)
+    printed = capsys.readouterr().out
+    assert "absent: cutlass_block: nvcc is not installed" in printed
+    assert "unsupported: 4096x4096x7168 deepgemm: no such kernel" in printed
+    assert "1.200, 3.000" in printed
+
+
+def test_the_readme_table(report):
+    text = readme_table.table(report)
+    assert "| 64 | 2112 | 7168 | 10.0 | 12.0 | - | - | 30.0 | 194 | 1589 | 1.20x | 3.00x |" in text.splitlines()
+    assert "| 4096 | 4096 | 7168 | 20.0 | - | - | - | 60.0 | 12026 | 4660 | - | 3.00x |" in text.splitlines()
+    assert text.splitlines()[0].startswith("NVIDIA H200, driver 580.1, JAX 0.11.2, PyTorch 2.11.0, 2026-11-21.")
+    assert text.splitlines()[-1] == ("Geometric mean: 1.20x over DeepGEMM (worst row 1.20x), "
+                                     "3.00x over bf16 (worst row 3.00x).")
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {13}
+
+
+def test_the_readme_table_goes_between_its_markers(report, tmp_path, monkeypatch):
+    readme, results = tmp_path / "README.md", tmp_path / "dense.json"
+    readme.write_text("# Title\n<!-- benchmark:start -->\nold\n<!-- benchmark:end -->\nrest\n")
+    environment.write(results, report)
+    monkeypatch.setattr(sys, "argv", ["readme_table", str(results), "--readme", str(readme)])
+    assert readme_table.main() == 0
+    first = readme.read_text()
+    assert first == (f"# Title\n<!-- benchmark:start -->\n{readme_table.table(report)}<!-- benchmark:end -->\nrest\n")
+    assert readme_table.main() == 0
+    assert readme.read_text() == first
+
+
+@pytest.mark.parametrize("text", ["", "<!-- benchmark:start -->", "<!-- benchmark:end --><!-- benchmark:start -->",
+                                  "<!-- benchmark:start --><!-- benchmark:end -->" * 2])
+def test_a_readme_without_proper_markers_is_refused(text):
+    with pytest.raises(ValueError, match="README: expected one"):
+        readme_table.insert(text, "table")
+
+
+def test_a_report_without_kernel_times_makes_no_table(report):
+    bare = copy.deepcopy(report)
+    for row in bare["rows"]:
+        row["results"] = {}
+    with pytest.raises(ValueError, match="expected rows tagged 'dense' with kernel times of fp8_gemm, got none"):
+        readme_table.table(bare)
+
+
+def test_figures_are_drawn(report, tmp_path):
+    paths = plot.render(report, tmp_path, "dense")
+    assert [path.name for path in paths] == ["dense-roofline.png", "dense-bars.png"]
+    for path in paths:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def test_the_roofline_shows_every_row_of_every_peer(report):
+    figure = plot.roofline(report)
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    plot.plt.close(figure)
+    assert len(lines["Fp8_Gemm"]) == 2 and len(lines["Deepgemm"]) == 1
+    row = report["rows"][0]
+    np.testing.assert_allclose(lines["Fp8_Gemm"][0], [row["flops"] / row["bytes"],
+                                                      row["results"]["fp8_gemm"]["kernel"]["tflops"]])
+
+
+def test_compile_cases_report_a_failing_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_compile.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="case 'kernels' failed"):
+        bench_compile.run_case("kernels", tmp_path)
+
+
+def test_workloads_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        workloads.WORKLOADS[0].m = 1
