@@ -102,14 +102,12 @@ def _gpu() -> Check:
 def _nvrtc() -> Check:
     try:
         nvcc = settings.nvcc()
-        identity = toolchain.compiler_identity(nvcc).strip().splitlines()[-1]
+        version = toolchain.compiler_version(nvcc)
     except RuntimeError:
-        return Check("compiler", "no NVRTC", toolchain.INSTALL_NVRTC)
+        return Check("compiler", "no NVRTC, or no cuda.core to call it", toolchain.INSTALL_NVRTC)
     except ValueError as error:
         return Check("compiler", "no nvcc where the environment says", str(error))
-    if nvcc is None and _version("cuda-core") is None:
-        return Check("compiler", f"{identity}, but no cuda.core", toolchain.INSTALL_NVRTC)
-    return Check("compiler", identity)
+    return Check("compiler", version)
 
 
 def _headers() -> Check:

@@ -18,7 +18,7 @@ from jax_fp8gemm.jit.launch import LaunchPlan
 from jax_fp8gemm.jit.plan import plan_gemm
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
-from jax_fp8gemm.jit.toolchain import ARCH, STD, compile_source, compiler_identity, disassemble, headers_digest
+from jax_fp8gemm.jit.toolchain import compile_source, compiler_identity, disassemble, headers_digest
 
 logger = logging.getLogger(__name__)
 settings.configure_logging()
@@ -87,7 +87,7 @@ def describe(problem: GemmProblem) -> str:
 def compile_kernel(problem: GemmProblem, config: GemmConfig) -> bytes:
     """The cubin of `problem` under `config`, from the cache where it has one."""
     source, nvcc, line_info = gemm_source(problem, config), settings.nvcc(), settings.line_info()
-    key = cache_key(source, headers_digest(), ARCH, STD, f"line info {line_info}", compiler_identity(nvcc))
+    key = cache_key(source, headers_digest(), f"line info {line_info}", compiler_identity(nvcc))
 
     def compile_now() -> bytes:
         logger.info("compiling %s: %s", describe(problem), config)

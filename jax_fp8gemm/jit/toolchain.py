@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 ARCH = "sm_90a"
 STD = "c++20"
+# NOTES: NVRTC 13.0 takes a generic lambda inside of a device function for a host function, unless device is the default.
+NVRTC_OPTIONS = {"arch": ARCH, "std": STD, "device_as_default_execution_space": True}
+NVCC_OPTIONS = (f"-arch={ARCH}", f"-std={STD}")
 INSTALL_NVRTC = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
 INSTALL_NVDISASM = "pip install nvidia-cuda-nvdisasm"
 
@@ -46,12 +50,17 @@ def headers_digest() -> str:
 
 
 def compiler_identity(nvcc: pathlib.Path | None = None) -> str:
-    """What tells this compiler from others that may make another cubin of the same source."""
-    return _nvrtc_identity() if nvcc is None else _nvcc_identity(nvcc, os.stat(nvcc).st_mtime_ns)
+    """What tells this compiler, with its options, from others that may make another cubin of the same source."""
+    return f"{compiler_version(nvcc)}, {NVRTC_OPTIONS if nvcc is None else NVCC_OPTIONS}"
+
+
+def compiler_version(nvcc: pathlib.Path | None = None) -> str:
+    """The compiler's name and version, for people."""
+    return _nvrtc_version() if nvcc is None else _nvcc_version(nvcc, os.stat(nvcc).st_mtime_ns)
 
 
 @functools.cache
-def _nvrtc_identity() -> str:
+def _nvrtc_version() -> str:
     # NVRTC tells its version to the minor number; releases that differ in the patch number differ in size.
     path = find_nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -60,8 +69,8 @@ def _nvrtc_identity() -> str:
 
 
 @functools.cache
-def _nvcc_identity(nvcc: pathlib.Path, mtime_ns: int) -> str:
-    return _run([str(nvcc), "--version"]).decode()
+def _nvcc_version(nvcc: pathlib.Path, mtime_ns: int) -> str:
+    return _run([str(nvcc), "--version"]).decode().strip().splitlines()[-1]
 
 
 def find_nvrtc() -> str:
@@ -71,6 +80,8 @@ def find_nvrtc() -> str:
       RuntimeError: there is none, or no cuda.core to call it; the message says what to install.
     """
     try:
+        if importlib.util.find_spec("cuda.core") is None:
+            raise ImportError("no module cuda.core")
         from cuda import pathfinder  # here: only compiling needs it
         return pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path
     except (ImportError, RuntimeError) as error:
@@ -107,7 +118,7 @@ def compile_source(source: str, *, output: str = "cubin", line_info: bool = Fals
 def _compile_with_nvrtc(source: str, output: str, line_info: bool) -> bytes:
     find_nvrtc()
     from cuda.core import Program, ProgramOptions  # here: 0.2 s that only compiling needs
-    options = ProgramOptions(name="fp8_gemm.cu", arch=ARCH, std=STD, lineinfo=line_info, include_path=[str(headers())])
+    options = ProgramOptions(name="fp8_gemm.cu", lineinfo=line_info, include_path=[str(headers())], **NVRTC_OPTIONS)
     program = Program(source, "c++", options)
     try:
         cubin = bytes(program.compile("cubin").code)
@@ -129,8 +140,7 @@ def _compile_with_nvcc(source: str, output: str, line_info: bool, nvcc: pathlib.
     with tempfile.TemporaryDirectory() as folder:
         source_path, output_path = pathlib.Path(folder, "fp8_gemm.cu"), pathlib.Path(folder, f"fp8_gemm.{output}")
         source_path.write_text(source)
-        command = [str(nvcc), f"-arch={ARCH}", f"-std={STD}", f"-I{headers()}", f"-{output}", "-o", str(output_path),
-                   str(source_path)]
+        command = [str(nvcc), *NVCC_OPTIONS, f"-I{headers()}", f"-{output}", "-o", str(output_path), str(source_path)]
         _run(command + ["-lineinfo"] * line_info)
         return output_path.read_bytes()
 
