@@ -1,6 +1,6 @@
 """Runs every benchmark, one process after the other, then draws the figures.
 
-    python -m benchmarks
+python -m benchmarks
 """
 
 from __future__ import annotations

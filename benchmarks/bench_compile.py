@@ -52,7 +52,7 @@ def time_kernels() -> dict[str, Any]:
 
 
 def time_program() -> dict[str, Any]:
-    """Milliseconds to lower and to compile one jitted fp8_gemm, and how many kernels had to be compiled for it."""
+    """Milliseconds to lower and compile one jitted fp8_gemm, and how many kernels that compiled."""
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,11 @@ def time_program() -> dict[str, Any]:
     lower_ms = _milliseconds(start)
     start = time.perf_counter()
     lowered.compile()
-    return {"lower_ms": lower_ms, "compile_ms": _milliseconds(start), "kernels_compiled": len(compiled_kernels)}
+    return {
+        "lower_ms": lower_ms,
+        "compile_ms": _milliseconds(start),
+        "kernels_compiled": len(compiled_kernels),
+    }
 
 
 _CASES = {"kernels": time_kernels, "program": time_program}
@@ -87,11 +91,20 @@ def run_case(case: str, cache: pathlib.Path) -> dict[str, Any]:
     Raises:
       RuntimeError: the process failed; the message has the end of its output.
     """
-    variables = {"JAX_FP8GEMM_CACHE_DIR": str(cache / "kernels"), "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
-                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "CUDA_CACHE_DISABLE": "1",
-                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_compile", "--case", case], capture_output=True,
-                          text=True, env=os.environ | variables, check=False)
+    variables = {
+        "JAX_FP8GEMM_CACHE_DIR": str(cache / "kernels"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "CUDA_CACHE_DISABLE": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_compile", "--case", case],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"case {case!r} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -105,9 +118,14 @@ def measure_once() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cache = pathlib.Path(folder)
         program, cached = run_case("program", cache), run_case("program", cache)
-    return {"first_kernel_ms": cold["kernels_ms"][0], "further_kernels_ms": cold["kernels_ms"][1:],
-            "first_disk_hit_ms": hit["kernels_ms"][0], "further_disk_hits_ms": hit["kernels_ms"][1:],
-            "program_cold": program, "program_cached": cached}
+    return {
+        "first_kernel_ms": cold["kernels_ms"][0],
+        "further_kernels_ms": cold["kernels_ms"][1:],
+        "first_disk_hit_ms": hit["kernels_ms"][0],
+        "further_disk_hits_ms": hit["kernels_ms"][1:],
+        "program_cold": program,
+        "program_cached": cached,
+    }
 
 
 def print_table(report: Mapping[str, Any]) -> None:
@@ -121,15 +139,23 @@ def print_table(report: Mapping[str, Any]) -> None:
     for name, title in (("program_cold", "XLA program, cold"), ("program_cached", "XLA program, cached")):
         lower, compiled = (median(run[name][field] for run in runs) for field in ("lower_ms", "compile_ms"))
         kernels = max(run[name]["kernels_compiled"] for run in runs)
-        print(f"  {title:22} {lower + compiled:9.1f}  lowering {lower:.1f}, compiling {compiled:.1f}, "
-              f"{kernels} kernels compiled")
+        print(
+            f"  {title:22} {lower + compiled:9.1f}  lowering {lower:.1f}, compiling {compiled:.1f}, "
+            f"{kernels} kernels compiled"
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_compile", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes per case (default 3)")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file (default benchmarks/results/compile-<GPU>.json)")
-    parser.add_argument("--case", choices=_CASES, help="run one case in this process and print its times as JSON")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="JSON file (default benchmarks/results/compile-<GPU>.json)"
+    )
+    parser.add_argument(
+        "--case", choices=_CASES, help="run one case in this process and print its times as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(_CASES[arguments.case]()))

@@ -17,8 +17,9 @@ _OUT = {"bf16": torch.bfloat16, "f32": torch.float32}
 _AMAX = 448.0  # of e4m3, and well inside e5m2
 TILE = 128  # rows and columns of the tiles whose errors are bounded
 
-# ||out - reference|| / ||reference|| of a tile. Rounding to bf16 takes at most 2^-9 of each element. The tensor core
-# cuts products off 13 bits below the largest in a sum of 32: 6e-4 where all terms have one sign, 3e-4 on random data.
+# ||out - reference|| / ||reference|| of a tile. Rounding to bf16 takes at most 2^-9 of each element. The
+# tensor core cuts products off 13 bits below the largest in a sum of 32: 6e-4 where all terms have one sign,
+# 3e-4 on random data.
 BOUNDS = {"bf16": 2.0**-9 + 2.0**-10, "f32": 2.0**-10}
 
 
@@ -60,15 +61,21 @@ class Buffers:
 
         m, n, k_blocks = problem.m, problem.n, problem.num_k_blocks
         out_shape = (problem.batch, m, n)
-        initial = (torch.randn(out_shape, generator=rng, device=device) if problem.accumulate
-                   else torch.full(out_shape, math.nan, dtype=_OUT[problem.out_dtype], device=device))
+        initial = (
+            torch.randn(out_shape, generator=rng, device=device)
+            if problem.accumulate
+            else torch.full(out_shape, math.nan, dtype=_OUT[problem.out_dtype], device=device)
+        )
         return cls(
             problem,
             lhs=values(problem.lhs_batched, m, problem.lhs_dtype),
             lhs_scale=scales(problem.lhs_batched, k_blocks, m),
             rhs=values(problem.rhs_batched, n, problem.rhs_dtype),
-            rhs_scale=(scales(problem.rhs_batched, k_blocks, n) if problem.rhs_scale_rows == 1
-                       else scales(problem.rhs_batched, ceil_div(n, SCALE_BLOCK), k_blocks)),
+            rhs_scale=(
+                scales(problem.rhs_batched, k_blocks, n)
+                if problem.rhs_scale_rows == 1
+                else scales(problem.rhs_batched, ceil_div(n, SCALE_BLOCK), k_blocks)
+            ),
             initial=initial,
             out=initial.clone(),
         )
@@ -86,8 +93,11 @@ class Buffers:
     def reference(self) -> torch.Tensor:
         """f64 [B, M, N]: the product of the dequantised operands, plus the accumulator."""
         per_row = lambda scale: scale.transpose(1, 2)
-        rhs_scale = (per_row(self.rhs_scale) if self.problem.rhs_scale_rows == 1 else
-                     self.rhs_scale.repeat_interleave(SCALE_BLOCK, 1)[:, : self.problem.n])
+        rhs_scale = (
+            per_row(self.rhs_scale)
+            if self.problem.rhs_scale_rows == 1
+            else self.rhs_scale.repeat_interleave(SCALE_BLOCK, 1)[:, : self.problem.n]
+        )
         lhs = _dequantize(self.lhs, per_row(self.lhs_scale))
         rhs = _dequantize(self.rhs, rhs_scale)
         product = torch.matmul(lhs, rhs.transpose(1, 2))

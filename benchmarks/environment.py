@@ -13,15 +13,28 @@ from typing import Any
 
 SCHEMA = 1  # of the JSON files; a change that old readers misread counts it up
 RESULTS = pathlib.Path(__file__).parent / "results"
-_PACKAGES = ("jax_fp8gemm", "jax", "jaxlib", "jax-cuda13-plugin", "torch", "triton", "deep_gemm",
-             "tokenspeed-deepgemm", "nvidia-cutlass", "nvidia-cublas", "nvidia-cuda-nvrtc", "numpy")
+_PACKAGES = (
+    "jax_fp8gemm",
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "torch",
+    "triton",
+    "deep_gemm",
+    "tokenspeed-deepgemm",
+    "nvidia-cutlass",
+    "nvidia-cublas",
+    "nvidia-cuda-nvrtc",
+    "numpy",
+)
 
 
 def _output(*command: str) -> str:
     """A command's first line of output, empty where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True,
-                              cwd=pathlib.Path(__file__).parent)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True, cwd=pathlib.Path(__file__).parent
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().split("\n")[0]
@@ -39,20 +52,30 @@ def _versions() -> dict[str, str]:
 
 def describe(kind: str) -> dict[str, Any]:
     """The head of a JSON file: kind of benchmark, date, GPU, driver, versions, commit."""
-    gpu, _, driver = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
+    gpu, _, driver = _output(
+        "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"
+    ).partition(", ")
     commit = _output("git", "rev-parse", "HEAD")
     changed = "+changes" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
-    return {"schema": SCHEMA, "kind": kind, "complete": False,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "gpu": gpu or "none", "driver": driver or "none", "versions": _versions(),
-            "commit": commit + changed or "unknown"}
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "complete": False,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": gpu or "none",
+        "driver": driver or "none",
+        "versions": _versions(),
+        "commit": commit + changed or "unknown",
+    }
 
 
 def write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    """Replaces the file in one step, so that a reader never sees half of it; lists of numbers take one line."""
+    """Replaces the file in one step, so that no reader sees half of it; lists of numbers take one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    text = re.sub(r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(report, indent=1))
+    text = re.sub(
+        r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(report, indent=1)
+    )
     partial.write_text(text + "\n")
     partial.replace(path)
 

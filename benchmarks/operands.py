@@ -1,8 +1,8 @@
 """Random operands on the host, the same for every peer.
 
-FP8 travels as uint8 bits, which every framework can view as its own type. The values are those of quantised normal
-data (the exponents, and so the power that the tensor cores draw, are real); scales are random, so that a wrong scale
-index shows.
+FP8 travels as uint8 bits, which every framework can view as its own type. The values are those of quantised
+normal data (the exponents, and so the power that the tensor cores draw, are real); scales are random, so
+that a wrong scale index shows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _values(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def _scales(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    return rng.uniform(0.5, 2.0, size=(rows, columns)).astype(np.float32) * np.float32(_TYPICAL_AMAX / _E4M3_MAX)
+    return rng.uniform(0.5, 2.0, size=(rows, columns)).astype(np.float32) * np.float32(
+        _TYPICAL_AMAX / _E4M3_MAX
+    )
 
 
 def random_operands(workload: Workload, seed: int = 0) -> Operands:

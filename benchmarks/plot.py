@@ -1,7 +1,7 @@
 """Draws the results of bench_dense: a roofline, and bars of the speed over DeepGEMM.
 
-    python -m benchmarks.plot                        # every dense-*.json in benchmarks/results
-    python -m benchmarks.plot report.json --out figures/
+python -m benchmarks.plot                        # every dense-*.json in benchmarks/results
+python -m benchmarks.plot report.json --out figures/
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ from benchmarks import environment
 
 # Ceilings of the roofline: FP8 tensor cores by the data sheet, memory by the data sheet.
 CEILINGS = {"NVIDIA H200": (1979e12, 4.8e12), "NVIDIA H100 80GB HBM3": (1979e12, 3.35e12)}
-_COLORS = {"fp8_gemm": "#d1495b", "deepgemm": "#00798c", "cublaslt_block": "#edae49", "cublaslt_fast": "#c9a227",
-           "cutlass_block": "#66a182", "jnp_bf16": "#8d96a3", "xla_fp8": "#2e4057"}
+_COLORS = {
+    "fp8_gemm": "#d1495b",
+    "deepgemm": "#00798c",
+    "cublaslt_block": "#edae49",
+    "cublaslt_fast": "#c9a227",
+    "cutlass_block": "#66a182",
+    "jnp_bf16": "#8d96a3",
+    "xla_fp8": "#2e4057",
+}
 _BASELINE = "deepgemm"
 
 
@@ -40,14 +47,24 @@ def roofline(report: Mapping[str, Any]) -> plt.Figure:
     for name, peer in report["peers"].items():
         intensity, tflops = _points(report, name)
         if len(tflops):
-            axes.loglog(intensity, tflops, "o" if name == "fp8_gemm" else "x", color=_COLORS.get(name),
-                        label=peer["title"], zorder=3 if name == "fp8_gemm" else 2)
+            axes.loglog(
+                intensity,
+                tflops,
+                "o" if name == "fp8_gemm" else "x",
+                color=_COLORS.get(name),
+                label=peer["title"],
+                zorder=3 if name == "fp8_gemm" else 2,
+            )
     if ceilings := CEILINGS.get(report["gpu"]):
         flops_per_s, bytes_per_s = ceilings
         intensity = np.geomspace(*axes.get_xlim(), 200)
         bound = np.minimum(flops_per_s, intensity * bytes_per_s) / 1e12
         axes.loglog(intensity, bound, color="black", linewidth=1, label="data sheet")
-    axes.set(xlabel="FLOP per byte (FP8 operands, bf16 result)", ylabel="TFLOPS", title=f"Dense GEMM, {report['gpu']}")
+    axes.set(
+        xlabel="FLOP per byte (FP8 operands, bf16 result)",
+        ylabel="TFLOPS",
+        title=f"Dense GEMM, {report['gpu']}",
+    )
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize="small")
     return figure
@@ -61,12 +78,23 @@ def bars(report: Mapping[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(max(8, 0.7 * len(rows)), 5), layout="constrained")
     width = 0.8 / max(len(names), 1)
     for position, name in enumerate(names):
-        speed = [row["results"][baseline]["kernel"]["median_us"] / row["results"][name]["kernel"]["median_us"]
-                 if "kernel" in row["results"].get(name, {}) else 0.0 for row in rows]
-        axes.bar(np.arange(len(rows)) + (position - (len(names) - 1) / 2) * width, speed, width,
-                 color=_COLORS.get(name), label=report["peers"][name]["title"])
+        speed = [
+            row["results"][baseline]["kernel"]["median_us"] / row["results"][name]["kernel"]["median_us"]
+            if "kernel" in row["results"].get(name, {})
+            else 0.0
+            for row in rows
+        ]
+        axes.bar(
+            np.arange(len(rows)) + (position - (len(names) - 1) / 2) * width,
+            speed,
+            width,
+            color=_COLORS.get(name),
+            label=report["peers"][name]["title"],
+        )
     axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_xticks(range(len(rows)), [row["workload"] for row in rows], rotation=60, ha="right", fontsize="small")
+    axes.set_xticks(
+        range(len(rows)), [row["workload"] for row in rows], rotation=60, ha="right", fontsize="small"
+    )
     axes.set(ylabel=f"speed over {report['peers'][baseline]['title']}" if rows else "", title=report["gpu"])
     axes.legend(fontsize="small", ncols=4)
     return figure
@@ -87,7 +115,9 @@ def render(report: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[p
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
     parser.add_argument("reports", type=pathlib.Path, nargs="*", help="JSON files of bench_dense")
-    parser.add_argument("--out", type=pathlib.Path, default=environment.RESULTS, help="folder for the figures")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=environment.RESULTS, help="folder for the figures"
+    )
     arguments = parser.parse_args()
     for path in arguments.reports or sorted(environment.RESULTS.glob("dense-*.json")):
         for figure in render(environment.read(path, "dense"), arguments.out, path.stem):

@@ -1,7 +1,7 @@
 """Follows a LaunchPlan with the CUDA driver API, on any device addresses: no JAX, no XLA.
 
-For tuning and for looking at a kernel alone (`ncu`, `compute-sanitizer`). It needs a current CUDA context, which
-`torch.cuda.init()` makes.
+For tuning and for looking at a kernel alone (`ncu`, `compute-sanitizer`). It needs a current CUDA context,
+which `torch.cuda.init()` makes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def _call(function: Callable, *arguments):
 def _encode(argument: TensorMap, address: int) -> tuple[object, int]:
     """A tensor map over the buffer at `address`: what keeps it alive, and its host address."""
     if address % 16:
-        raise ValueError(f"buffer {argument.buffer}: expected an address aligned to 16 bytes, got {address:#x}")
-    # Called through ctypes: the driver wants the map aligned to 64 bytes, which cuda.bindings' own object is not.
+        raise ValueError(
+            f"buffer {argument.buffer}: expected an address aligned to 16 bytes, got {address:#x}"
+        )
+    # Through ctypes: the driver wants the map aligned to 64 bytes, which cuda.bindings' own object is not.
     storage = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     tensor_map = -(-ctypes.addressof(storage) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
     rank = len(argument.shape)
@@ -55,8 +57,11 @@ def _encode(argument: TensorMap, address: int) -> tuple[object, int]:
         (ctypes.c_uint32 * rank)(*[1] * rank),
         int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
         int(_SWIZZLES[argument.swizzle]),
-        int(promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if argument.dtype == "u8"
-            else promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+        int(
+            promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+            if argument.dtype == "u8"
+            else promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+        ),
         int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )
     if status:
@@ -85,11 +90,19 @@ def _load(plan: LaunchPlan) -> tuple[driver.CUlibrary, driver.CUfunction]:
     kernel = _call(driver.cuLibraryGetKernel, library, plan.entry.encode())
     function = _call(driver.cuKernelGetFunction, kernel)
     attribute = driver.CUfunction_attribute
-    _call(driver.cuFuncSetAttribute, function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-          plan.shared_bytes)
+    _call(
+        driver.cuFuncSetAttribute,
+        function,
+        attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        plan.shared_bytes,
+    )
     if plan.cluster[0] * plan.cluster[1] * plan.cluster[2] > 8:  # what every cluster-capable GPU must take
-        _call(driver.cuFuncSetAttribute, function,
-              attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+        _call(
+            driver.cuFuncSetAttribute,
+            function,
+            attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+            1,
+        )
     return library, function
 
 
@@ -113,7 +126,9 @@ class BoundKernel:
     def __init__(self, plan: LaunchPlan, addresses: Sequence[int]):
         self._library, self._function = _load(plan)
         # The driver copies the parameters at each launch, from the addresses in this array.
-        self._values, pointers = zip(*(self._bind(argument, addresses) for argument in plan.arguments), strict=True)
+        self._values, pointers = zip(
+            *(self._bind(argument, addresses) for argument in plan.arguments), strict=True
+        )
         self._parameters = (ctypes.c_void_p * len(pointers))(*pointers)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = plan.grid

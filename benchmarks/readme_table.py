@@ -1,7 +1,7 @@
 """Writes the README's table from the results of bench_dense, between its two markers.
 
-    python -m benchmarks.readme_table                                       # the one result in benchmarks/results
-    python -m benchmarks.readme_table benchmarks/results/dense-nvidia-h200.json --readme README.md
+python -m benchmarks.readme_table                                       # the one result in benchmarks/results
+python -m benchmarks.readme_table benchmarks/results/dense-nvidia-h200.json --readme README.md
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from benchmarks import environment
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 README = pathlib.Path(__file__).parents[1] / "README.md"
 _TAG = "dense"
-_TIMES = {"fp8_gemm": "jax_fp8gemm us", "deepgemm": "DeepGEMM us", "cublaslt_block": "cuBLASLt us",
-          "cutlass_block": "CUTLASS us", "jnp_bf16": "`jnp.dot` bf16 us"}
+_TIMES = {
+    "fp8_gemm": "jax_fp8gemm us",
+    "deepgemm": "DeepGEMM us",
+    "cublaslt_block": "cuBLASLt us",
+    "cutlass_block": "CUTLASS us",
+    "jnp_bf16": "`jnp.dot` bf16 us",
+}
 _OURS = "fp8_gemm"
 _RATIOS = {"deepgemm": "over DeepGEMM", "jnp_bf16": "over bf16"}
 
@@ -42,8 +47,13 @@ def _row(row: Mapping[str, Any]) -> str:
 
 def _versions(report: Mapping[str, Any]) -> str:
     found = report["versions"]
-    names = {"jax": "JAX", "torch": "PyTorch", "deep_gemm": "DeepGEMM", "tokenspeed-deepgemm": "DeepGEMM",
-             "nvidia-cutlass": "CUTLASS"}
+    names = {
+        "jax": "JAX",
+        "torch": "PyTorch",
+        "deep_gemm": "DeepGEMM",
+        "tokenspeed-deepgemm": "DeepGEMM",
+        "nvidia-cutlass": "CUTLASS",
+    }
     return ", ".join(f"{title} {found[name]}" for name, title in names.items() if name in found)
 
 
@@ -55,16 +65,28 @@ def table(report: Mapping[str, Any]) -> str:
     """
     rows = [row for row in report["rows"] if _TAG in row["tags"] and _kernel(row, _OURS)]
     if not rows:
-        raise ValueError(f"report: expected rows tagged {_TAG!r} with kernel times of {_OURS}, got none")
+        raise ValueError(f"report: expected {_TAG!r} rows with kernel times of {_OURS}, got none")
     header = ["M", "N", "K", *_TIMES.values(), "TFLOPS", "GB/s", *_RATIOS.values()]
-    lines = [f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. Kernel time, "
-             f"cold L2, median of {report['repeats']} interleaved runs in one process.", "",
-             _line(header), "|" + "---:|" * len(header), *map(_row, rows), ""]
+    lines = [
+        f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. "
+        f"Kernel time, cold L2, median of {report['repeats']} interleaved runs in one process.",
+        "",
+        _line(header),
+        "|" + "---:|" * len(header),
+        *map(_row, rows),
+        "",
+    ]
     means = report["geometric_means"].get(_TAG, {})
     if means:
-        lines.append("Geometric mean: " + ", ".join(
-            f"{means[name]['mean']:.2f}x {title} (worst row {means[name]['min']:.2f}x)"
-            for name, title in _RATIOS.items() if name in means) + ".")
+        lines.append(
+            "Geometric mean: "
+            + ", ".join(
+                f"{means[name]['mean']:.2f}x {title} (worst row {means[name]['min']:.2f}x)"
+                for name, title in _RATIOS.items()
+                if name in means
+            )
+            + "."
+        )
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -81,9 +103,16 @@ def insert(readme: str, text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_table", description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=pathlib.Path, nargs="?",
-                        default=environment.RESULTS / "dense-nvidia-h200.json", help="JSON file of bench_dense")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme_table", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "report",
+        type=pathlib.Path,
+        nargs="?",
+        default=environment.RESULTS / "dense-nvidia-h200.json",
+        help="JSON file of bench_dense",
+    )
     parser.add_argument("--readme", type=pathlib.Path, default=README)
     arguments = parser.parse_args()
     text = table(environment.read(arguments.report, "dense"))

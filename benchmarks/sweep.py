@@ -5,9 +5,9 @@
     python -m benchmarks.sweep --tags batch prefill --top 24
     python -m benchmarks.sweep 7x129280x1536 --check
 
-It needs PyTorch, NVRTC and the GPU, but neither JAX's GPU support nor the compiled module: kernels are launched by
-`raw_launch`. Every configuration's output must be within the error bound, and equal to the first one's bit for bit
-unless it splits K. DeepGEMM is timed among them where it is installed.
+It needs PyTorch, NVRTC and the GPU, but neither JAX's GPU support nor the compiled module: `raw_launch`
+launches the kernels. Every configuration's output must be within the error bound, and equal to the first
+one's bit for bit unless it splits K. DeepGEMM is timed among them where it is installed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Candidate:
 def compile_candidates(jobs: dict[GemmProblem, list[Candidate]], num_threads: int | None) -> None:
     """Compiles every candidate of every problem, in parallel."""
     pairs = [(problem, candidate) for problem, candidates in jobs.items() for candidate in candidates]
-    results = compile_all([(problem, candidate.config) for problem, candidate in pairs], num_threads=num_threads)
+    results = compile_all(
+        [(problem, candidate.config) for problem, candidate in pairs], num_threads=num_threads
+    )
     for (_, candidate), result in zip(pairs, results, strict=True):
         if isinstance(result, CompileError):  # a row of the table, not the end of the sweep
             candidate.failure = str(result)
@@ -76,7 +78,9 @@ def compile_candidates(jobs: dict[GemmProblem, list[Candidate]], num_threads: in
             candidate.cubin = result
 
 
-def check(candidate: Candidate, buffers: Buffers, device: Device, expected: torch.Tensor | None) -> torch.Tensor:
+def check(
+    candidate: Candidate, buffers: Buffers, device: Device, expected: torch.Tensor | None
+) -> torch.Tensor:
     """Launches a candidate once into a poisoned output and judges it; returns a copy of the output.
 
     Args:
@@ -86,7 +90,7 @@ def check(candidate: Candidate, buffers: Buffers, device: Device, expected: torc
       expected: the first configuration's output, None for the first itself.
     """
     plan = plan_gemm(buffers.problem, candidate.config, candidate.cubin, device.num_sms)
-    # A hanging kernel cannot be stopped from inside, so its name is printed before and the process ends after a while.
+    # A hanging kernel cannot be stopped: its name is printed first, and the process ends in a while.
     print(f"  checking {candidate.config}", flush=True)
     faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
     candidate.kernel = BoundKernel(plan, buffers.addresses())
@@ -121,7 +125,9 @@ def yardstick(buffers: Buffers) -> Call | None:
         return None
 
 
-def time_all(candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, repeats: int) -> dict[str, Any]:
+def time_all(
+    candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, repeats: int
+) -> dict[str, Any]:
     """Times the candidates that passed, interleaved with DeepGEMM; the samples by candidate key."""
     stream = torch.cuda.current_stream().cuda_stream
 
@@ -134,8 +140,9 @@ def time_all(candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, 
     return timer(calls, repeats=repeats)
 
 
-def sweep(problem: GemmProblem, candidates: list[Candidate], device: Device, timer: KernelTimer | None,
-          repeats: int) -> list[dict[str, Any]]:
+def sweep(
+    problem: GemmProblem, candidates: list[Candidate], device: Device, timer: KernelTimer | None, repeats: int
+) -> list[dict[str, Any]]:
     """Checks and, with a timer, times a problem's candidates; returns the rows, the fastest first."""
     print(describe(problem), flush=True)
     buffers, first = Buffers.random(problem), None
@@ -144,9 +151,17 @@ def sweep(problem: GemmProblem, candidates: list[Candidate], device: Device, tim
             out = check(candidate, buffers, device, first)
             first = out if first is None else first
     samples = time_all(candidates, buffers, timer, repeats) if timer else {}
-    rows = [{"config": dataclasses.asdict(c.config), "label": str(c.config), "bits": c.bits,
-             "worst_tile": c.worst_tile, "failure": c.failure,
-             **(samples[c.key].summary() if c.key in samples else {})} for c in candidates]
+    rows = [
+        {
+            "config": dataclasses.asdict(c.config),
+            "label": str(c.config),
+            "bits": c.bits,
+            "worst_tile": c.worst_tile,
+            "failure": c.failure,
+            **(samples[c.key].summary() if c.key in samples else {}),
+        }
+        for c in candidates
+    ]
     if _YARDSTICK in samples:
         rows.append({"label": _YARDSTICK, **samples[_YARDSTICK].summary()})
     for candidate in candidates:
@@ -167,11 +182,15 @@ def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) ->
         elif rank < limit or row["label"] == _YARDSTICK:
             ratio = f"{yard / row['median_us']:5.2f}x" if yard else "     -"
             error = f"{row['worst_tile']:.1e} {row['bits']}" if "config" in row else ""
-            print(f"  {row['median_us']:8.2f} {problem.flops / row['median_us'] / 1e6:7.0f} {ratio}  "
-                  f"{row['label']}  {error}")
+            print(
+                f"  {row['median_us']:8.2f} {problem.flops / row['median_us'] / 1e6:7.0f} {ratio}  "
+                f"{row['label']}  {error}"
+            )
 
 
-def write_winners(path: pathlib.Path, device: Device, results: dict[GemmProblem, list[dict[str, Any]]]) -> None:
+def write_winners(
+    path: pathlib.Path, device: Device, results: dict[GemmProblem, list[dict[str, Any]]]
+) -> None:
     """The fastest configuration of each problem, as a table of measured winners (`jax_fp8gemm/jit/tuned`)."""
     entries = []
     for problem, rows in results.items():
@@ -185,7 +204,9 @@ def write_winners(path: pathlib.Path, device: Device, results: dict[GemmProblem,
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", metavar="MxNxK", help="problems to sweep")
-    parser.add_argument("--tags", nargs="+", default=[], choices=workloads.TAGS, help="sweep these workloads too")
+    parser.add_argument(
+        "--tags", nargs="+", default=[], choices=workloads.TAGS, help="sweep these workloads too"
+    )
     parser.add_argument("--top", type=int, default=32, help="configurations from the cost model (default 32)")
     parser.add_argument("--configs", help="JSON list of configurations, or a file of them, instead")
     parser.add_argument("--out-dtype", choices=("bf16", "f32"), default="bf16")
@@ -196,7 +217,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="samples per configuration (default 20)")
     parser.add_argument("--limit", type=int, default=12, help="rows to print per problem (default 12)")
     parser.add_argument("--threads", type=int, help="kernels compiled at a time (default: one for each core)")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file for all rows, rewritten after each problem")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="JSON file for all rows, rewritten after each problem"
+    )
     parser.add_argument("--winners", type=pathlib.Path, help="JSON file for the table of measured winners")
     return parser.parse_args()
 
@@ -220,8 +243,15 @@ def main() -> int:
     device = find_device(properties.name, properties.multi_processor_count)
     jobs = {}
     for shape in shapes:
-        problem = GemmProblem(shape.m, shape.n, shape.k, batch=arguments.batch, out_dtype=arguments.out_dtype,
-                              rhs_scale_rows=arguments.rhs_scale_rows, accumulate=arguments.accumulate)
+        problem = GemmProblem(
+            shape.m,
+            shape.n,
+            shape.k,
+            batch=arguments.batch,
+            out_dtype=arguments.out_dtype,
+            rhs_scale_rows=arguments.rhs_scale_rows,
+            accumulate=arguments.accumulate,
+        )
         jobs[problem] = [Candidate(config) for config in _configs(problem, device, arguments)]
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         if not arguments.check:

@@ -1,8 +1,8 @@
 """How long device work takes: kernel time through CUPTI, wall time, sustained rate.
 
-Kernel time comes from `torch.profiler`, which records every kernel of the process, JAX's too. Kernels carry no mark of
-who launched them, so calls are told apart by order: before each call a buffer larger than L2 is filled, which also
-evicts the operands, and whatever runs between two fills belongs to the one call between them.
+Kernel time comes from `torch.profiler`, which records every kernel of the process, JAX's too. Kernels carry
+no mark of who launched them, so calls are told apart by order: before each call a buffer larger than L2 is
+filled, which also evicts the operands, and whatever runs between two fills belongs to the call between them.
 """
 
 from __future__ import annotations
@@ -61,9 +61,13 @@ class Samples:
 
     def summary(self) -> dict[str, Any]:
         """As it stands in the JSON files: microseconds, rounded to the nanosecond."""
-        return {"median_us": round(self.median, 3), "min_us": round(min(self.times), 3),
-                "iqr_us": round(self.iqr, 3), "samples_us": [round(t, 3) for t in self.times],
-                "kernels": list(self.kernels)}
+        return {
+            "median_us": round(self.median, 3),
+            "min_us": round(min(self.times), 3),
+            "iqr_us": round(self.iqr, 3),
+            "samples_us": [round(t, 3) for t in self.times],
+            "kernels": list(self.kernels),
+        }
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -72,7 +76,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def busy_time(activities: Sequence[Activity]) -> int:
-    """Nanoseconds in which at least one of the activities ran: kernels that overlap are not counted twice."""
+    """Nanoseconds in which at least one of the activities ran: overlaps are not counted twice."""
     total, covered_until = 0, 0
     for activity in sorted(activities, key=lambda a: a.start):
         start = max(activity.start, covered_until)
@@ -82,7 +86,7 @@ def busy_time(activities: Sequence[Activity]) -> int:
 
 
 def split_at(marker: str, activities: Iterable[Activity]) -> list[list[Activity]]:
-    """The activities between each marker and the next, in order of time; what precedes the first is left out."""
+    """The activities between each marker and the next, in order of time, without those before the first."""
     groups: list[list[Activity]] = []
     for activity in sorted(activities, key=lambda a: a.start):
         if activity.name == marker:
@@ -101,8 +105,11 @@ def _record(work: Callable[[], None]) -> list[Activity]:
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
-    return [Activity(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-            for event in profile.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
+    return [
+        Activity(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA
+    ]
 
 
 class KernelTimer:
@@ -172,12 +179,14 @@ class KernelTimer:
             if len(groups) == len(calls) and all(groups):
                 return groups
         empty = sum(not group for group in groups)
-        raise RuntimeError(f"torch.profiler: expected kernels of {len(calls)} calls, got {len(groups)} calls, "
-                           f"{empty} of them without a kernel")
+        raise RuntimeError(
+            f"torch.profiler: expected kernels of {len(calls)} calls, got {len(groups)} calls, "
+            f"{empty} of them without a kernel"
+        )
 
 
 def wall_time(call: Call, runs: int = 10, repeats: int = 20) -> Samples:
-    """Wall time of one run, with `runs` of them enqueued back to back so that the device never waits for the host."""
+    """Wall time of one run; `runs` are enqueued back to back, so that the device never waits for the host."""
     call.wait(call.run())
     times = []
     for _ in range(repeats):

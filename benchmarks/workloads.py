@@ -1,7 +1,7 @@
 """The problems that tests and benchmarks run: one tagged list.
 
-    >>> [w.name for w in select("decode")][:2]
-    ['1x2112x7168', '1x7168x16384']
+>>> [w.name for w in select("decode")][:2]
+['1x2112x7168', '1x7168x16384']
 """
 
 from __future__ import annotations

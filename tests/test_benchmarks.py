@@ -1,4 +1,4 @@
-"""The benchmarks' parts that need no GPU: workloads, operands, statistics, attribution of kernels, reports, tables."""
+"""What of the benchmarks needs no GPU: workloads, operands, statistics, attribution of kernels, reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ PEERS = {"fp8_gemm": 10.0, "deepgemm": 12.0, "jnp_bf16": 30.0}  # microseconds i
 
 
 def _result(us: float, workload: Workload) -> dict:
-    return {"error": 1.7e-3, "kernel": bench_dense.rates(Samples((us, us + 1, us - 1), ("kernel",)), workload)}
+    return {
+        "error": 1.7e-3,
+        "kernel": bench_dense.rates(Samples((us, us + 1, us - 1), ("kernel",)), workload),
+    }
 
 
 @pytest.fixture
@@ -35,22 +38,53 @@ def report() -> dict:
         results = {peer: _result(us * 2**index, workload) for peer, us in PEERS.items()}
         if index == 1:
             results["deepgemm"] = {"unsupported": "no such kernel"}
-        rows.append({"workload": name, "m": workload.m, "n": workload.n, "k": workload.k,
-                     "tags": sorted(workload.tags), "flops": workload.flops, "bytes": workload.bytes,
-                     "results": results, "speedup": {"kernel": bench_dense.speedups(results, "kernel")}})
-    return {"schema": environment.SCHEMA, "kind": "dense", "complete": True, "date": "2026-11-21T07:00:00+00:00",
-            "gpu": "NVIDIA H200", "driver": "580.1", "versions": {"jax": "0.11.2", "torch": "2.11.0"}, "commit": "c0ffee",
-            "repeats": 20, "program_calls": 20, "absent": {"cutlass_block": "nvcc is not installed"},
-            "peers": {name: {"title": name.title(), "note": "", "uses_scales": True} for name in PEERS},
-            "rows": rows, "geometric_means": bench_dense.geometric_means(rows)}
+        rows.append(
+            {
+                "workload": name,
+                "m": workload.m,
+                "n": workload.n,
+                "k": workload.k,
+                "tags": sorted(workload.tags),
+                "flops": workload.flops,
+                "bytes": workload.bytes,
+                "results": results,
+                "speedup": {"kernel": bench_dense.speedups(results, "kernel")},
+            }
+        )
+    return {
+        "schema": environment.SCHEMA,
+        "kind": "dense",
+        "complete": True,
+        "date": "2026-11-21T07:00:00+00:00",
+        "gpu": "NVIDIA H200",
+        "driver": "580.1",
+        "versions": {"jax": "0.11.2", "torch": "2.11.0"},
+        "commit": "c0ffee",
+        "repeats": 20,
+        "program_calls": 20,
+        "absent": {"cutlass_block": "nvcc is not installed"},
+        "peers": {name: {"title": name.title(), "note": "", "uses_scales": True} for name in PEERS},
+        "rows": rows,
+        "geometric_means": bench_dense.geometric_means(rows),
+    }
 
 
 def test_the_list_has_the_problems_that_the_goals_are_stated_for():
     dense = workloads.select("dense")
-    assert [w.m for w in dense].count(64) == [w.m for w in dense].count(128) == [w.m for w in dense].count(4096) == 6
-    assert dense[-1].name == "8192x8192x8192" and len(dense) == 19
+    assert (
+        [w.m for w in dense].count(64)
+        == [w.m for w in dense].count(128)
+        == [w.m for w in dense].count(4096)
+        == 6
+    )
+    assert dense[-1].name == "8192x8192x8192"
+    assert len(dense) == 19
     assert {w.m for w in workloads.select("decode")} == {1, 16}
-    assert {w.name for w in workloads.select("sustained")} == {"4096x7168x16384", "4096x4096x7168", "8192x8192x8192"}
+    assert {w.name for w in workloads.select("sustained")} == {
+        "4096x7168x16384",
+        "4096x4096x7168",
+        "8192x8192x8192",
+    }
     assert len(set(workloads.WORKLOADS)) == len(workloads.WORKLOADS)
     assert {tag for w in workloads.WORKLOADS for tag in w.tags} == set(workloads.TAGS)
 
@@ -75,14 +109,15 @@ def test_parse_names_what_is_wrong(text):
 
 
 def test_select_refuses_unknown_tags():
-    with pytest.raises(ValueError, match="select: expected tags among .* got \\['big'\\]"):
+    with pytest.raises(ValueError, match=r"select: expected tags among .* got \['big'\]"):
         workloads.select("big")
 
 
 def test_operands_are_reproducible_finite_and_of_real_magnitudes():
     workload = Workload(130, 260, 400)
     operands, again = random_operands(workload), random_operands(workload)
-    assert operands.lhs_scale.shape == (130, 4) and operands.rhs_scale.shape == (3, 4)
+    assert operands.lhs_scale.shape == (130, 4)
+    assert operands.rhs_scale.shape == (3, 4)
     for field in ("lhs", "lhs_scale", "rhs", "rhs_scale"):
         np.testing.assert_array_equal(getattr(operands, field), getattr(again, field))
     values = operands.rhs.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -94,7 +129,9 @@ def test_operands_are_reproducible_finite_and_of_real_magnitudes():
 @pytest.mark.parametrize("uses_scales", [True, False])
 def test_dequantized_product_is_the_product_of_values_and_scales(uses_scales):
     operands = random_operands(Workload(9, 200, 272))
-    lhs, rhs = (bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for bits in (operands.lhs, operands.rhs))
+    lhs, rhs = (
+        bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for bits in (operands.lhs, operands.rhs)
+    )
     if uses_scales:
         k_block = np.arange(272) // 128
         lhs = lhs * operands.lhs_scale[:, k_block]
@@ -110,8 +147,13 @@ def test_samples():
     assert samples.median == 3.0
     assert samples.iqr == 2.0
     assert Samples((5.0,)).iqr == 0.0
-    assert samples.summary() == {"median_us": 3.0, "min_us": 1.0, "iqr_us": 2.0,
-                                 "samples_us": [4.0, 1.0, 2.0, 3.0, 100.0], "kernels": ["gemm"]}
+    assert samples.summary() == {
+        "median_us": 3.0,
+        "min_us": 1.0,
+        "iqr_us": 2.0,
+        "samples_us": [4.0, 1.0, 2.0, 3.0, 100.0],
+        "kernels": ["gemm"],
+    }
     assert timing.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
 
 
@@ -122,8 +164,14 @@ def test_busy_time_counts_overlaps_once_and_gaps_never():
 
 
 def test_kernels_belong_to_the_call_between_two_markers():
-    activities = [Activity("late", 50, 60), Activity("flush", 0, 1), Activity("gemm", 2, 3), Activity("stray", -5, -4),
-                  Activity("reduce", 3, 4), Activity("flush", 40, 45)]
+    activities = [
+        Activity("late", 50, 60),
+        Activity("flush", 0, 1),
+        Activity("gemm", 2, 3),
+        Activity("stray", -5, -4),
+        Activity("reduce", 3, 4),
+        Activity("flush", 40, 45),
+    ]
     names = [[a.name for a in group] for group in timing.split_at("flush", activities)]
     assert names == [["gemm", "reduce"], ["late"]]
 
@@ -134,7 +182,8 @@ def test_wall_time_divides_by_the_runs(monkeypatch):
     runs, waited = [], []
     samples = timing.wall_time(Call(lambda: runs.append(1) or len(runs), waited.append), runs=5, repeats=3)
     assert samples.times == pytest.approx((0.5 / 5 * 1e6,) * 3)
-    assert len(runs) == 1 + 15 and waited == [1, 6, 11, 16]
+    assert len(runs) == 1 + 15
+    assert waited == [1, 6, 11, 16]
 
 
 def test_rates_are_per_gemm():
@@ -181,7 +230,8 @@ def test_every_peer_gets_its_error_or_its_refusal():
     assert results["right"]["error"] == 0.0
     assert results["wrong"]["error"] == pytest.approx(0.5)
     calls, results = bench_dense.bind_all(both, random_operands(Workload(17, 128, 128)))
-    assert calls == {} and results["right"] == {"unsupported": "too many tokens"}
+    assert calls == {}
+    assert results["right"] == {"unsupported": "too many tokens"}
 
 
 def test_a_peer_that_cannot_be_built_is_absent_with_its_reason():
@@ -201,7 +251,7 @@ def test_absent_peers_are_reported(monkeypatch):
 
 
 def test_unknown_peers_are_refused():
-    with pytest.raises(ValueError, match="peers: expected names among .* got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"peers: expected names among .* got 'cudnn'"):
         peers.load(["cudnn"])
 
 
@@ -210,14 +260,17 @@ def test_reports_survive_the_disk(report, tmp_path):
     environment.write(path, report)
     assert environment.read(path, "dense") == report
     assert [p.name for p in path.parent.iterdir()] == ["dense.json"]
-    with pytest.raises(ValueError, match="expected a report of kind 'compile' with schema 1, got \\('dense', 1\\)"):
+    with pytest.raises(
+        ValueError, match="expected a report of kind 'compile' with schema 1, got \\('dense', 1\\)"
+    ):
         environment.read(path, "compile")
 
 
 def test_the_head_of_a_report_says_where_it_is_from():
     head = environment.describe("dense")
     assert set(head) == {"schema", "kind", "complete", "date", "gpu", "driver", "versions", "commit"}
-    assert head["complete"] is False and "jax" in head["versions"]
+    assert head["complete"] is False
+    assert "jax" in head["versions"]
     assert environment.result_path(head | {"gpu": "NVIDIA H200"}).name == "dense-nvidia-h200.json"
 
 
@@ -231,11 +284,16 @@ def test_the_printed_table_names_absent_and_unsupported_peers(report, capsys):
 
 def test_the_readme_table(report):
     text = readme_table.table(report)
-    assert "| 64 | 2112 | 7168 | 10.0 | 12.0 | - | - | 30.0 | 194 | 1589 | 1.20x | 3.00x |" in text.splitlines()
+    assert (
+        "| 64 | 2112 | 7168 | 10.0 | 12.0 | - | - | 30.0 | 194 | 1589 | 1.20x | 3.00x |" in text.splitlines()
+    )
     assert "| 4096 | 4096 | 7168 | 20.0 | - | - | - | 60.0 | 12026 | 4660 | - | 3.00x |" in text.splitlines()
-    assert text.splitlines()[0].startswith("NVIDIA H200, driver 580.1, JAX 0.11.2, PyTorch 2.11.0, 2026-11-21.")
-    assert text.splitlines()[-1] == ("Geometric mean: 1.20x over DeepGEMM (worst row 1.20x), "
-                                     "3.00x over bf16 (worst row 3.00x).")
+    assert text.splitlines()[0].startswith(
+        "NVIDIA H200, driver 580.1, JAX 0.11.2, PyTorch 2.11.0, 2026-11-21."
+    )
+    assert text.splitlines()[-1] == (
+        "Geometric mean: 1.20x over DeepGEMM (worst row 1.20x), 3.00x over bf16 (worst row 3.00x)."
+    )
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert columns == {13}
 
@@ -247,13 +305,22 @@ def test_the_readme_table_goes_between_its_markers(report, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["readme_table", str(results), "--readme", str(readme)])
     assert readme_table.main() == 0
     first = readme.read_text()
-    assert first == (f"# Title\n<!-- benchmark:start -->\n{readme_table.table(report)}<!-- benchmark:end -->\nrest\n")
+    assert first == (
+        f"# Title\n<!-- benchmark:start -->\n{readme_table.table(report)}<!-- benchmark:end -->\nrest\n"
+    )
     assert readme_table.main() == 0
     assert readme.read_text() == first
 
 
-@pytest.mark.parametrize("text", ["", "<!-- benchmark:start -->", "<!-- benchmark:end --><!-- benchmark:start -->",
-                                  "<!-- benchmark:start --><!-- benchmark:end -->" * 2])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!-- benchmark:start -->",
+        "<!-- benchmark:end --><!-- benchmark:start -->",
+        "<!-- benchmark:start --><!-- benchmark:end -->" * 2,
+    ],
+)
 def test_a_readme_without_proper_markers_is_refused(text):
     with pytest.raises(ValueError, match="README: expected one"):
         readme_table.insert(text, "table")
@@ -263,7 +330,9 @@ def test_a_report_without_kernel_times_makes_no_table(report):
     bare = copy.deepcopy(report)
     for row in bare["rows"]:
         row["results"] = {}
-    with pytest.raises(ValueError, match="expected rows tagged 'dense' with kernel times of fp8_gemm, got none"):
+    with pytest.raises(
+        ValueError, match="expected 'dense' rows with kernel times of fp8_gemm, got none"
+    ):
         readme_table.table(bare)
 
 
@@ -272,17 +341,20 @@ def test_figures_are_drawn(report, tmp_path):
     assert [path.name for path in paths] == ["dense-roofline.png", "dense-bars.png"]
     for path in paths:
         data = path.read_bytes()
-        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
 
 
 def test_the_roofline_shows_every_row_of_every_peer(report):
     figure = plot.roofline(report)
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     plot.plt.close(figure)
-    assert len(lines["Fp8_Gemm"]) == 2 and len(lines["Deepgemm"]) == 1
+    assert len(lines["Fp8_Gemm"]) == 2
+    assert len(lines["Deepgemm"]) == 1
     row = report["rows"][0]
-    np.testing.assert_allclose(lines["Fp8_Gemm"][0], [row["flops"] / row["bytes"],
-                                                      row["results"]["fp8_gemm"]["kernel"]["tflops"]])
+    np.testing.assert_allclose(
+        lines["Fp8_Gemm"][0], [row["flops"] / row["bytes"], row["results"]["fp8_gemm"]["kernel"]["tflops"]]
+    )
 
 
 def test_compile_cases_report_a_failing_process(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Who is compared: a peer computes the same product on the same data, or is reported absent with the reason."""
+"""Who is compared: a peer computes the same product on the same data, or is absent for a stated reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from benchmarks.peers.base import Absent, Peer, Unsupported
 
-__all__ = ["Absent", "PEERS", "Peer", "Unsupported", "load"]
+__all__ = ["PEERS", "Absent", "Peer", "Unsupported", "load"]
 
 # Name in the JSON files -> module, class. In the order of the tables.
 PEERS = {

@@ -36,7 +36,7 @@ class Peer(abc.ABC):
     note: str
     uses_scales: bool = True
 
-    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
+    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:  # noqa: B027
         """Compiles what the workloads need, in parallel, so that `bind` is quick.
 
         Args:
@@ -56,7 +56,7 @@ class Peer(abc.ABC):
         """
 
     def bind_program(self, operands: Operands, calls: int) -> Call | None:
-        """`calls` GEMMs on separate copies of the operands in one jitted program; None for peers outside JAX."""
+        """`calls` GEMMs on copies of the operands in one jitted program; None for peers outside JAX."""
         return None
 
     @abc.abstractmethod

@@ -33,8 +33,15 @@ class CublasLtBlock(TorchPeer):
         padded = torch.nn.functional.pad(rhs_scale, (0, -rhs_scale.shape[1] % _PITCH)).T  # K fastest
 
         def run() -> torch.Tensor:
-            return scaled_mm(lhs, rhs.T, lhs_scale, ScalingType.BlockWise1x128, padded, ScalingType.BlockWise128x128,
-                             output_dtype=torch.bfloat16)
+            return scaled_mm(
+                lhs,
+                rhs.T,
+                lhs_scale,
+                ScalingType.BlockWise1x128,
+                padded,
+                ScalingType.BlockWise128x128,
+                output_dtype=torch.bfloat16,
+            )
 
         return _checked(Call(run, wait))
 
@@ -49,7 +56,15 @@ class CublasLtFast(TorchPeer):
         one = torch.ones((), device="cuda")
 
         def run() -> torch.Tensor:
-            return scaled_mm(lhs, rhs.T, one, ScalingType.TensorWise, one, ScalingType.TensorWise,
-                             output_dtype=torch.bfloat16, use_fast_accum=True)
+            return scaled_mm(
+                lhs,
+                rhs.T,
+                one,
+                ScalingType.TensorWise,
+                one,
+                ScalingType.TensorWise,
+                output_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
 
         return _checked(Call(run, wait))

@@ -36,7 +36,9 @@ class Variant:
 
     @property
     def defines(self) -> list[str]:
-        return [f"-D{field.name.upper()}={int(getattr(self, field.name))}" for field in dataclasses.fields(self)]
+        return [
+            f"-D{field.name.upper()}={int(getattr(self, field.name))}" for field in dataclasses.fields(self)
+        ]
 
 
 VARIANTS = (
@@ -62,16 +64,28 @@ def _cache_dir() -> pathlib.Path:
 def _build(variant: Variant) -> pathlib.Path:
     """The shared library of a variant, from the cache or compiled."""
     source, home = _cutlass_source(), cuda_home()
-    command = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr",
-               "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", f"-I{source}/include",
-               f"-I{source}/tools/util/include", *variant.defines]
+    command = [
+        f"{home}/bin/nvcc",
+        "-O3",
+        "-std=c++17",
+        "-shared",
+        "-Xcompiler=-fPIC",
+        "--expt-relaxed-constexpr",
+        "-DNDEBUG",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        f"-I{source}/include",
+        f"-I{source}/tools/util/include",
+        *variant.defines,
+    ]
     version = importlib.metadata.version("nvidia-cutlass")
     key = hashlib.sha256("\0".join([_SOURCE.read_text(), version, *command]).encode()).hexdigest()[:16]
     library = _cache_dir() / f"cutlass-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
-        built = subprocess.run([*command, "-o", partial, _SOURCE], capture_output=True, text=True, check=False)
+        built = subprocess.run(
+            [*command, "-o", partial, _SOURCE], capture_output=True, text=True, check=False
+        )
         if built.returncode:
             raise Absent(f"nvcc cannot compile {_SOURCE.name}: {built.stderr.strip()[-2000:]}")
         partial.replace(library)
@@ -84,7 +98,10 @@ def _load(variant: Variant) -> ctypes.CDLL:
     library.cutlass_gemm_create.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 6
     library.cutlass_gemm_run.argtypes = [ctypes.c_void_p] * 2
     library.cutlass_gemm_destroy.argtypes, library.cutlass_gemm_destroy.restype = [ctypes.c_void_p], None
-    library.cutlass_gemm_status.argtypes, library.cutlass_gemm_status.restype = [ctypes.c_int], ctypes.c_char_p
+    library.cutlass_gemm_status.argtypes, library.cutlass_gemm_status.restype = (
+        [ctypes.c_int],
+        ctypes.c_char_p,
+    )
     return library
 
 
@@ -114,7 +131,7 @@ class _Gemm:
 
 class CutlassBlock(TorchPeer):
     title = "CUTLASS block-scaled"
-    note = f"CUTLASS's sm90 blockwise collective, the fastest of {len(VARIANTS)} tile configurations for each row"
+    note = f"CUTLASS's sm90 blockwise collective, the fastest of {len(VARIANTS)} configurations per row"
 
     def __init__(self):
         super().__init__()

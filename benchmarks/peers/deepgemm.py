@@ -1,6 +1,6 @@
 """DeepGEMM (https://github.com/deepseek-ai/DeepGEMM), where its package and nvcc are installed.
 
-    python -m benchmarks.peers.deepgemm 64 2112 7168      # compiles one shape's kernel into DeepGEMM's cache
+python -m benchmarks.peers.deepgemm 64 2112 7168      # compiles one shape's kernel into DeepGEMM's cache
 """
 
 from __future__ import annotations
@@ -66,20 +66,27 @@ def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scal
 def _compile_one(m: int, n: int, k: int) -> None:
     k_blocks, n_blocks = -(-k // SCALE_BLOCK), -(-n // SCALE_BLOCK)
     fp8 = lambda rows: torch.zeros((rows, k), dtype=torch.float8_e4m3fn, device="cuda")
-    bind(fp8(m), torch.ones((m, k_blocks), device="cuda"), fp8(n), torch.ones((n_blocks, k_blocks), device="cuda"))
+    bind(
+        fp8(m),
+        torch.ones((m, k_blocks), device="cuda"),
+        fp8(n),
+        torch.ones((n_blocks, k_blocks), device="cuda"),
+    )
 
 
 def _compile_in_process(workload: Workload) -> None:
-    """Fills a cache of its own, then adds it to the common one: DeepGEMM's processes can race for one folder."""
+    """Fills a cache of its own, then adds it to the common one: DeepGEMM's processes can race for one."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", __name__, str(workload.m), str(workload.n), str(workload.k)]
         with contextlib.suppress(subprocess.TimeoutExpired):  # `bind` will say what is wrong, if anything
-            subprocess.run(command, env={**os.environ, _CACHE: cache}, capture_output=True, timeout=180, check=False)
+            subprocess.run(
+                command, env={**os.environ, _CACHE: cache}, capture_output=True, timeout=180, check=False
+            )
         shutil.copytree(cache, _CACHE_DIR, dirs_exist_ok=True)
 
 
 def prepare(workloads: Sequence[Workload]) -> None:
-    """Compiles the kernels of the workloads, in parallel processes: one after the other they take 3 to 4 s each.
+    """Compiles the kernels of the workloads in parallel processes: one by one they take 3 to 4 s each.
 
     Raises:
       Absent: DeepGEMM or nvcc is not installed.

@@ -99,11 +99,14 @@ def _fp8(bits: np.ndarray) -> np.ndarray:
 
 class Fp8Gemm(JaxPeer):
     title = "jax_fp8gemm"
-    note = "fp8_gemm under jax.jit; 1x128 lhs scales, stored with M fastest as `quantize` leaves them, 128x128 rhs scales"
+    note = "fp8_gemm under jax.jit; 1x128 lhs scales stored with M fastest, 128x128 rhs scales"
 
     def gemm(self, lhs, lhs_scale, rhs, rhs_scale):
-        return fp8_gemm(ScaledArray(lhs, lhs_scale, (1, SCALE_BLOCK)),
-                        ScaledArray(rhs, rhs_scale, (SCALE_BLOCK, SCALE_BLOCK)), out_dtype=jnp.bfloat16)
+        return fp8_gemm(
+            ScaledArray(lhs, lhs_scale, (1, SCALE_BLOCK)),
+            ScaledArray(rhs, rhs_scale, (SCALE_BLOCK, SCALE_BLOCK)),
+            out_dtype=jnp.bfloat16,
+        )
 
     def _m_fastest(self) -> Format:
         return Format(Layout(major_to_minor=(1, 0)), self._sharding())
@@ -112,14 +115,20 @@ class Fp8Gemm(JaxPeer):
         m, n, k = workload.m, workload.n, workload.k
         k_blocks, n_blocks = -(-k // SCALE_BLOCK), -(-n // SCALE_BLOCK)
         struct = jax.ShapeDtypeStruct
-        return ((struct((m, k), jnp.float8_e4m3fn), None),
-                (struct((m, k_blocks), jnp.float32), self._m_fastest()),
-                (struct((n, k), jnp.float8_e4m3fn), None),
-                (struct((n_blocks, k_blocks), jnp.float32), None))
+        return (
+            (struct((m, k), jnp.float8_e4m3fn), None),
+            (struct((m, k_blocks), jnp.float32), self._m_fastest()),
+            (struct((n, k), jnp.float8_e4m3fn), None),
+            (struct((n_blocks, k_blocks), jnp.float32), None),
+        )
 
     def arrays(self, operands):
-        return (self._put(_fp8(operands.lhs)), self._put(operands.lhs_scale, self._m_fastest()),
-                self._put(_fp8(operands.rhs)), self._put(operands.rhs_scale))
+        return (
+            self._put(_fp8(operands.lhs)),
+            self._put(operands.lhs_scale, self._m_fastest()),
+            self._put(_fp8(operands.rhs)),
+            self._put(operands.rhs_scale),
+        )
 
 
 class JnpBf16(JaxPeer):
@@ -130,14 +139,18 @@ class JnpBf16(JaxPeer):
         return jnp.dot(lhs, rhs.T)
 
     def arguments(self, workload):
-        return self._row_major(jax.ShapeDtypeStruct((workload.m, workload.k), jnp.bfloat16),
-                               jax.ShapeDtypeStruct((workload.n, workload.k), jnp.bfloat16))
+        return self._row_major(
+            jax.ShapeDtypeStruct((workload.m, workload.k), jnp.bfloat16),
+            jax.ShapeDtypeStruct((workload.n, workload.k), jnp.bfloat16),
+        )
 
     def arrays(self, operands):
         n = operands.workload.n
         rhs_scale = np.repeat(operands.rhs_scale, SCALE_BLOCK, axis=0)[:n]
-        return (_dequantize(self._put(_fp8(operands.lhs)), self._put(operands.lhs_scale)),
-                _dequantize(self._put(_fp8(operands.rhs)), self._put(rhs_scale)))
+        return (
+            _dequantize(self._put(_fp8(operands.lhs)), self._put(operands.lhs_scale)),
+            _dequantize(self._put(_fp8(operands.rhs)), self._put(rhs_scale)),
+        )
 
 
 @jax.jit
@@ -149,15 +162,17 @@ def _dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
 
 class XlaFp8(JaxPeer):
     title = "XLA FP8 dot"
-    note = "lax.dot_general on e4m3 with bf16 out, no scales; the row's kernels say whether cuBLASLt or Triton ran it"
+    note = "lax.dot_general on e4m3 with bf16 out, no scales; the kernels' names say what XLA chose"
     uses_scales = False
 
     def gemm(self, lhs, rhs):
         return jax.lax.dot_general(lhs, rhs, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
 
     def arguments(self, workload):
-        return self._row_major(jax.ShapeDtypeStruct((workload.m, workload.k), jnp.float8_e4m3fn),
-                               jax.ShapeDtypeStruct((workload.n, workload.k), jnp.float8_e4m3fn))
+        return self._row_major(
+            jax.ShapeDtypeStruct((workload.m, workload.k), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((workload.n, workload.k), jnp.float8_e4m3fn),
+        )
 
     def arrays(self, operands):
         return self._put(_fp8(operands.lhs)), self._put(_fp8(operands.rhs))
