@@ -148,7 +148,13 @@ def sweep(
     buffers, first = Buffers.random(problem), None
     for candidate in candidates:
         if candidate.failure is None:
-            out = check(candidate, buffers, device, first)
+            try:
+                out = check(candidate, buffers, device, first)
+            except RuntimeError as error:
+                faulthandler.cancel_dump_traceback_later()
+                candidate.failure = str(error)
+                torch.cuda.synchronize()  # raises where the kernel broke the context: nothing can run after that
+                continue
             first = out if first is None else first
     samples = time_all(candidates, buffers, timer, repeats) if timer else {}
     rows = [
