@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -60,7 +61,7 @@ def test_imports_without_a_driver(site):
     """In a clean interpreter: the module loads and registers, and neither links nor opens libcuda."""
     script = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path += sys.argv[1:]  # as plain folders: no .pth file, so no editable installation of this package
 from jax_fp8gemm import ffi
 assert ffi.__file__.startswith(sys.argv[1]), ffi.__file__
 ffi.register()
@@ -68,9 +69,10 @@ from jax_fp8gemm.ffi import _ffi
 assert _ffi.__file__.startswith(sys.argv[1]), _ffi.__file__
 print("libcuda" in open("/proc/self/maps").read())
 """
-    out = run(
-        sys.executable, "-I", "-c", script, str(site), env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=site
-    )
+    interpreter = (sys.executable, "-I", "-S", "-c")
+    libraries = sysconfig.get_path("purelib")
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    out = run(*interpreter, script, str(site), libraries, env=env, cwd=site)
     assert out.split() == ["False"]
 
 
