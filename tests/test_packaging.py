@@ -67,7 +67,7 @@ assert ffi.__file__.startswith(sys.argv[1]), ffi.__file__
 ffi.register()
 from jax_fp8gemm.ffi import _ffi
 assert _ffi.__file__.startswith(sys.argv[1]), _ffi.__file__
-print("libcuda" in open("/proc/self/maps").read())
+print("libcuda.so" in open("/proc/self/maps").read())
 """
     interpreter = (sys.executable, "-I", "-S", "-c")
     libraries = sysconfig.get_path("purelib")
