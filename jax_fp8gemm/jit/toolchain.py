@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+import threading
 from typing import TYPE_CHECKING
 
 from jax_fp8gemm.jit import settings
@@ -24,6 +25,7 @@ NVRTC_OPTIONS = {"arch": ARCH, "std": STD, "device_as_default_execution_space": 
 NVCC_OPTIONS = (f"-arch={ARCH}", f"-std={STD}")
 INSTALL_NVRTC = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
 INSTALL_NVDISASM = "pip install nvidia-cuda-nvdisasm"
+_import_lock = threading.Lock()
 
 
 class CompileError(RuntimeError):
@@ -117,7 +119,10 @@ def compile_source(source: str, *, output: str = "cubin", line_info: bool = Fals
 
 def _compile_with_nvrtc(source: str, output: str, line_info: bool) -> bytes:
     find_nvrtc()
-    from cuda.core import Program, ProgramOptions  # here: 0.2 s that only compiling needs
+    # cuda.core replaces its own __spec__ in the middle of its import, and with it the lock that would keep a second
+    # thread from taking the half-imported module (thread safety of cuda.core: NVIDIA/cuda-python #1389).
+    with _import_lock:
+        from cuda.core import Program, ProgramOptions  # here: 0.2 s that only compiling needs
     options = ProgramOptions(name="fp8_gemm.cu", lineinfo=line_info, include_path=[str(headers())], **NVRTC_OPTIONS)
     program = Program(source, "c++", options)
     try:
