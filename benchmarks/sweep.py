@@ -153,7 +153,7 @@ def sweep(
             except RuntimeError as error:
                 faulthandler.cancel_dump_traceback_later()
                 candidate.failure = str(error)
-                torch.cuda.synchronize()  # raises where the kernel broke the context: nothing can run after that
+                torch.cuda.synchronize()  # raises if the context is broken: nothing can run then
                 continue
             first = out if first is None else first
     samples = time_all(candidates, buffers, timer, repeats) if timer else {}
