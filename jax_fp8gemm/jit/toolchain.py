@@ -119,8 +119,8 @@ def compile_source(source: str, *, output: str = "cubin", line_info: bool = Fals
 
 def _compile_with_nvrtc(source: str, output: str, line_info: bool) -> bytes:
     find_nvrtc()
-    # cuda.core replaces its own __spec__ in the middle of its import, and with it the lock that would keep a second
-    # thread from taking the half-imported module (thread safety of cuda.core: NVIDIA/cuda-python #1389).
+    # cuda.core replaces its own __spec__ in the middle of its import, and with it the lock that would keep a
+    # second thread from taking the half-imported module (NVIDIA/cuda-python #1389 is about its thread safety).
     with _import_lock:
         from cuda.core import Program, ProgramOptions  # here: 0.2 s that only compiling needs
     options = ProgramOptions(name="fp8_gemm.cu", lineinfo=line_info, include_path=[str(headers())], **NVRTC_OPTIONS)
