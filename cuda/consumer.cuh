@@ -19,7 +19,7 @@ struct ThreadPlace {
   int p, q;  // first row on the P side, first column on the Q side
 
   __device__ explicit ThreadPlace(int warpgroup) {
-    const int warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const int warp = warp_index() % 4, lane = lane_index();
     p = T::warpgroup_p(warpgroup) + warp * 16 + lane / 4;
     q = T::warpgroup_q(warpgroup) + lane % 4 * 2;
   }
@@ -157,24 +157,32 @@ struct Mainloop {
   Pipeline<Config>& behind;  // where they are promoted
   const int warpgroup, n_start;
   const ThreadPlace<Config> at;
+  const ptx::Descriptor p, q;  // the warpgroup's parts of the first stage
+
+  static constexpr u32 kPBytes = Config::kSwapAB ? T::kRhsBytes : T::kLhsBytes;
+  static constexpr u32 kQBytes = Config::kSwapAB ? T::kLhsBytes : T::kRhsBytes;
+
+  __device__ static const u8* p_tile(const SharedStorage<Config>& shared) {
+    return Config::kSwapAB ? shared.rhs[0] : shared.lhs[0];
+  }
+  __device__ static const u8* q_tile(const SharedStorage<Config>& shared) {
+    return Config::kSwapAB ? shared.lhs[0] : shared.rhs[0];
+  }
 
   __device__ Mainloop(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline, int warpgroup, int n_start)
       : accumulators(accumulators), ahead(pipeline), behind(pipeline), warpgroup(warpgroup), n_start(n_start),
-        at(warpgroup) {}
+        at(warpgroup), p(p_tile(pipeline.shared) + T::warpgroup_p(warpgroup) * kBlockK),
+        q(q_tile(pipeline.shared) + T::warpgroup_q(warpgroup) * kBlockK) {}
 
   // Starts the product of the i-th 64 rows of P with the warpgroup's columns of Q.
   __device__ void start(Fragment<Config>& partial, int i) {
-    const SharedStorage<Config>& shared = ahead.shared;
-    const u8* p_tile = Config::kSwapAB ? shared.rhs[ahead.stage] : shared.lhs[ahead.stage];
-    const u8* q_tile = Config::kSwapAB ? shared.lhs[ahead.stage] : shared.rhs[ahead.stage];
-    const u64 p = ptx::wgmma_descriptor(p_tile + (T::warpgroup_p(warpgroup) + i * kMmaP) * kBlockK);
-    const u64 q = ptx::wgmma_descriptor(q_tile + T::warpgroup_q(warpgroup) * kBlockK);
     if (i == 0) ahead.wait_full();
     Turns<Config>::wait(warpgroup);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockK / kMmaK; ++k)
-      Config::wgmma(partial, p + k * ptx::kWgmmaStepK, q + k * ptx::kWgmmaStepK, k > 0);
+    for (int k = 0; k < kBlockK; k += kMmaK)
+      Config::wgmma(partial, p.at(ahead.stage * kPBytes + i * kMmaP * kBlockK + k), q.at(ahead.stage * kQBytes + k),
+                    k > 0);
     ptx::wgmma_commit();
     Turns<Config>::pass(warpgroup);
     if (i == T::kNumMmaP - 1) ahead.advance();

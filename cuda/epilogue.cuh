@@ -27,7 +27,7 @@ struct ChunkWriter<Config, false, 2> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
     constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
-    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 warp = warp_index() % 4, lane = lane_index();
     const u32 row = warp * 16 + lane % 16, group = lane / 16;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 2) {
@@ -47,7 +47,7 @@ struct ChunkWriter<Config, false, 4> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
     constexpr int kGroups = T::kChunkColumns / 8 > 0 ? T::kChunkColumns / 8 : 1;
-    const u32 row = threadIdx.x / 32 % 4 * 16 + lane_index() / 4, byte = lane_index() % 4 * 8;
+    const u32 row = warp_index() % 4 * 16 + lane_index() / 4, byte = lane_index() % 4 * 8;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const float* f = &fragment[(c * kGroups + g) * 4];
@@ -62,7 +62,7 @@ struct ChunkWriter<Config, true, 2> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int) {
     constexpr int kGroups = T::kWarpgroupQ / 8;  // of eight tokens
-    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 warp = warp_index() % 4, lane = lane_index();
     const u32 token = lane / 16 * 8 + lane % 8, byte = warp * 32 + lane / 8 % 2 * 16;
 #pragma unroll
     for (int g = 0; g + 1 < kGroups; g += 2) {
@@ -82,7 +82,7 @@ template <class Config>
 struct ChunkWriter<Config, true, 4> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
-    const u32 warp = threadIdx.x / 32 % 4, lane = lane_index();
+    const u32 warp = warp_index() % 4, lane = lane_index();
     const u32 byte = (warp % 2 * 16 + lane / 4) * 4, token = lane % 4 * 2;
     if (warp / 2 != c) return;  // a chunk holds 32 of the 64 columns: two warps' worth
 #pragma unroll

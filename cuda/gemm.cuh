@@ -25,7 +25,7 @@ struct Registers<3> {
 template <class Config>
 __device__ void produce(SharedStorage<Config>& shared, const TensorMap& lhs_map, const TensorMap& rhs_map,
                         const float* lhs_scale, const float* rhs_scale, u32 m, u32 num_batches) {
-  const int warp = threadIdx.x / 32 % 4;
+  const int warp = warp_index() % 4;
   if (warp == 0) {
     if (elect_one()) produce_operands<Config>(shared, lhs_map, rhs_map, m, num_batches);
   } else if (warp == 1) {
@@ -38,7 +38,7 @@ __device__ void produce(SharedStorage<Config>& shared, const TensorMap& lhs_map,
 template <class Config>
 __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map, void* out, u32 m, u32 num_batches) {
   Scheduler<Config> scheduler(m, num_batches);
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = warp_index() / 4;
   Pipeline<Config> pipeline(shared);
   Accumulators<Config> accumulators;
   Turns<Config>::begin(warpgroup);
@@ -79,7 +79,7 @@ __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const T
   else
     __syncthreads();
 
-  if (threadIdx.x >= T::kNumConsumerThreads) {
+  if (warp_index() >= 4 * Config::kNumConsumers) {
     if constexpr (Config::kNumConsumers > 1) ptx::register_limit_lower<Registers<Config::kNumConsumers>::kProducer>();
     produce<Config>(shared, lhs_map, rhs_map, lhs_scale, rhs_scale, m, num_batches);
   } else {

@@ -38,6 +38,10 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// The warp's index in its CTA. Broadcast, so that the compiler knows it is the same in all lanes and keeps what follows
+// from it in uniform registers.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0); }
+
 __device__ __forceinline__ u32 lane_index() { return threadIdx.x % 32; }
 
 // True in one lane of a converged warp; the compiler knows that the branch is uniform.

@@ -8,13 +8,15 @@ namespace fp8gemm::ptx {
 
 // Describes a K-major operand in shared memory, 128 bytes a row, in the copy engine's 128-byte swizzle: groups of
 // eight rows follow each other at 1024 bytes (the stride, in units of 16). The tile starts at a multiple of 1024.
-__device__ __forceinline__ u64 wgmma_descriptor(const void* tile) {
-  constexpr u64 kStride = 1024 / 16, kSwizzle128 = 1;
-  return (shared_address(tile) & 0x3ffff) >> 4 | u64(1) << 16 | kStride << 32 | kSwizzle128 << 62;
-}
+// The upper half is the same for all tiles; the lower half moves with the address, in units of 16 bytes.
+struct Descriptor {
+  static constexpr u32 kStride = 1024 / 16, kSwizzle128 = 1;
+  static constexpr u32 kUpper = kStride | kSwizzle128 << 30;
+  u32 lower;
 
-// One instruction's step along K, 32 bytes, in the descriptor's units of 16.
-constexpr u64 kWgmmaStepK = 32 / 16;
+  __device__ explicit Descriptor(const void* tile) : lower((shared_address(tile) & 0x3ffff) >> 4 | 1 << 16) {}
+  __device__ u64 at(u32 bytes) const { return static_cast<u64>(kUpper) << 32 | (lower + bytes / 16); }
+};
 
 // Registers and shared memory written before are in place for the instructions that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
