@@ -121,7 +121,7 @@ def test_explain_shows_candidates_rejections_and_the_winner():
                        for wanted in (True, False))
     assert "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in text
     assert f"{legal} legal candidates" in text and f"{rejected} rejected candidates" in text
-    assert "registers a thread, above 240" in text
+    assert "registers a thread, above 240" in text and "above 232" not in text.split("rejected")[0]
     assert text.rstrip().endswith(str(best)) and "winner, by the model:" in text
     shown = text.split("rejected")[0].splitlines()
     assert sum("stages" in line for line in shown) == 5

@@ -174,12 +174,14 @@ def test_override_never_reuses_a_trace_under_another_configuration():
         return x + 1
 
     x = jnp.ones(3)
-    other = GemmConfig(64, 128, 4)
-    for config in (CONFIG, other, CONFIG):
+    other = GemmConfig(64, 64, 4, split_k=2)
+    same_in_print = GemmConfig(64, 64, 4, split_k=2, out_buffers=1)
+    assert str(other) == str(same_in_print)
+    for config in (CONFIG, other, CONFIG, same_in_print):
         with override(config):
             call(x)
     call(x)
-    assert seen == [CONFIG, other, None]
+    assert seen == [CONFIG, other, same_in_print, None]
 
 
 def test_the_sm_limit_reaches_the_grid(fake_compiler):

@@ -38,7 +38,7 @@ def override(config: GemmConfig) -> Iterator[None]:
     """
     token = _override.set(config)
     try:
-        with settings.in_jit_key("config", config):
+        with settings.in_jit_key("config", repr(config)):
             yield
     finally:
         _override.reset(token)

@@ -21,7 +21,7 @@ LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg leaves
 # a consumer thread for a given number of consumer warpgroups.
 OTHER_REGISTERS = 40
-MAX_REGISTERS = {1: 240, 2: 240, 3: 160}
+MAX_REGISTERS = {1: 240, 2: 232, 3: 152}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GemmConfig:
         if self.split_k > 1:
             parts.append(f"split-K {self.split_k}")
         else:
-            parts.append(f"raster {self.raster_group}")
+            parts.append(f"raster {self.raster_group}, out buffers {self.out_buffers}")
         return ", ".join(parts)
 
     @property
@@ -95,10 +95,14 @@ def least_stages(config: GemmConfig) -> int:
     return max(LEAST["num_stages"], ceil_div(partial, (config.block_m + config.block_n) * SCALE_BLOCK))
 
 
-def consumer_registers(config: GemmConfig) -> int:
-    """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the rest."""
+def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
+    """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the rest.
+
+    Where each row on the Q side has a scale of its own, a thread holds those of its columns too.
+    """
     p, q = warpgroup_tile(config)
-    return (p // MMA_P + config.partials) * (q // 2) + OTHER_REGISTERS
+    q_scales = q // 4 if config.swap_ab or problem.rhs_scale_rows == 1 else 0
+    return (p // MMA_P + config.partials) * (q // 2) + q_scales + OTHER_REGISTERS
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -169,7 +173,7 @@ def _split_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -
 def _resource_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     if config.cluster_size > device.num_sms:
         return f"a cluster of {config.cluster_size} is more than {device.num_sms} SMs"
-    registers, limit = consumer_registers(config), MAX_REGISTERS[config.num_consumers]
+    registers, limit = consumer_registers(problem, config), MAX_REGISTERS[config.num_consumers]
     if registers > limit:
         return f"about {registers} registers a thread, above {limit}"
     size = shared_bytes(problem, config)

@@ -135,18 +135,18 @@ def limit_sms(limit: int) -> Iterator[None]:
         raise ValueError(f"limit_sms: expected a positive int, got {limit!r}")
     token = _sm_limit.set(limit)
     try:
-        with in_jit_key("num_sms", limit):
+        with in_jit_key("num_sms", str(limit)):
             yield
     finally:
         _sm_limit.reset(token)
 
 
-def in_jit_key(name: str, value: object) -> contextlib.AbstractContextManager:
+def in_jit_key(name: str, value: str) -> contextlib.AbstractContextManager:
     """Makes `value` part of the key under which JAX caches traces, so that none is reused under another value.
 
     Metadata of XLA is the one public piece of JAX's state that is both free to choose and part of that key.
     """
-    return set_xla_metadata(**{f"jax_fp8gemm_{name}": str(value)})
+    return set_xla_metadata(**{f"jax_fp8gemm_{name}": value})
 
 
 def configure_logging() -> None:

@@ -57,7 +57,7 @@ def _set_fields(instance: GemmProblem | GemmConfig) -> dict:
 
 def bucket(m: int) -> int:
     """The largest M that shares measurements with `m`: buckets of 8 up to 64, then four to each doubling."""
-    step = max(8, 1 << (m - 1).bit_length() - 3)
+    step = max(8, 2 ** ((m - 1).bit_length() - 3))
     return -(-m // step) * step
 
 
@@ -89,7 +89,7 @@ def load(path: pathlib.Path | None) -> tuple[Entry, ...]:
 @functools.lru_cache(maxsize=16)
 def _load(path: pathlib.Path, mtime_ns: int, size: int) -> tuple[Entry, ...]:
     try:
-        records = json.loads(path.read_text())["entries"]
+        records = list(json.loads(path.read_text())["entries"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is not a table of measured configurations (%r): ignored", path, error)
         return ()

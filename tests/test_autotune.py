@@ -1,0 +1,169 @@
+"""Tuning with a timer that knows the winner, the GPU timer's program, and the parallel warm-up."""
+
+import dataclasses
+import threading
+
+import jax.numpy as jnp
+import pytest
+
+from jax_fp8gemm import ffi
+from jax_fp8gemm.jit import timer, tuned, warmup
+from jax_fp8gemm.jit.autotune import autotune
+from jax_fp8gemm.jit.choose import Choice, choose, ranked
+from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.device import H200
+from jax_fp8gemm.jit.launch import LaunchPlan
+from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.toolchain import CompileError
+
+PROBLEM = GemmProblem(4096, 7168, 2048)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch):
+    """Cubins that name their configuration; a configuration in the returned set does not compile."""
+    broken = set()
+
+    def compile_fake(problem, config):
+        if config in broken:
+            raise CompileError("ptxas fatal")
+        return repr(config).encode()
+
+    monkeypatch.setattr(warmup, "compile_kernel", compile_fake)
+    return broken
+
+
+class FakeTimer:
+    """Takes 10 us for `winner` and 20 for others, and now and then ten times as long."""
+
+    def __init__(self, winner):
+        self.winner, self.order = winner, []
+
+    def __call__(self, problem, plans):
+        return [self._sampler(plan.cubin.decode()) for plan in plans]
+
+    def _sampler(self, name):
+        calls = []
+
+        def sample():
+            self.order.append(name)
+            calls.append(name)
+            hiccup = 10 if len(calls) % 3 == 1 else 1
+            return hiccup * (10e-6 if name == repr(self.winner) else 20e-6)
+
+        return sample
+
+
+def test_the_winner_is_found_in_spite_of_hiccups_and_remembered(fake_compiler):
+    winner = ranked(PROBLEM, H200)[7][0]
+    entries, path = autotune([PROBLEM], num_candidates=10, num_rounds=5, samplers=FakeTimer(winner), progress=False)
+    assert entries == [tuned.Entry(PROBLEM, winner, pytest.approx(10.0))]
+    assert path == tuned.user_table(H200) and choose(PROBLEM, H200) == Choice(winner, "your table")
+
+
+def test_candidates_are_timed_in_turns(fake_compiler):
+    fake = FakeTimer(None)
+    autotune([PROBLEM], num_candidates=3, num_rounds=4, samplers=fake, progress=False)
+    count = len(set(fake.order))
+    assert count >= 3 and len(fake.order) == 4 * count
+    assert fake.order == fake.order[:count] * 4
+
+
+def test_todays_choice_and_both_orders_take_part(fake_compiler):
+    today = GemmConfig(64, 8, 4, 1)
+    tuned.add(tuned.user_table(H200), H200, [tuned.Entry(PROBLEM, today, 1.0)])
+    fake = FakeTimer(today)
+    entries, _ = autotune([PROBLEM], num_candidates=2, num_rounds=1, samplers=fake, progress=False)
+    best = ranked(PROBLEM, H200)[0][0]
+    assert {repr(today), repr(best), repr(dataclasses.replace(best, ordered=not best.ordered))} <= set(fake.order)
+    assert entries[0].config == today
+
+
+def test_a_candidate_that_does_not_compile_is_left_out(fake_compiler, caplog):
+    first, second = (config for config, _ in ranked(PROBLEM, H200)[:2])
+    fake_compiler.add(first)
+    entries, _ = autotune([PROBLEM], num_candidates=2, num_rounds=1, samplers=FakeTimer(second), progress=False)
+    assert entries[0].config == second and "ptxas fatal" in caplog.text
+
+
+def test_no_candidate_that_compiles_is_an_error(monkeypatch):
+    def fail(problem, config):
+        raise CompileError("ptxas fatal")
+
+    monkeypatch.setattr(warmup, "compile_kernel", fail)
+    with pytest.raises(CompileError, match="ptxas fatal"):
+        autotune([PROBLEM], num_candidates=2, samplers=FakeTimer(None), progress=False)
+
+
+def test_tuning_needs_a_folder_for_its_results(monkeypatch):
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", "none")
+    with pytest.raises(ValueError, match="JAX_FP8GEMM_CACHE_DIR: expected a folder"):
+        autotune([PROBLEM], samplers=FakeTimer(None), progress=False)
+
+
+def test_progress_is_shown(fake_compiler, capsys):
+    autotune([PROBLEM], num_candidates=1, num_rounds=1, samplers=FakeTimer(None))
+    shown = capsys.readouterr().err
+    assert "compiling" in shown and "timing 4096x7168x2048 bf16" in shown and "100%" in shown
+
+
+PLAN = LaunchPlan(b"cubin", "fp8_gemm", (1, 1, 1), (1, 1, 1), 384, 1024, ())
+
+
+@pytest.mark.parametrize("problem", [
+    GemmProblem(7, 256, 512),
+    GemmProblem(7, 256, 512, batch=3, rhs_batched=False, rhs_scale_rows=1, out_dtype="f32"),
+    GemmProblem(7, 256, 512, batch=2, lhs_batched=False, accumulate=True, out_dtype="f32", lhs_dtype="e5m2"),
+], ids=["dense", "batched", "accumulating"])
+def test_the_timed_program_is_the_kernels_and_nothing_else(problem):
+    operands = [timer.random_operands(problem, seed) for seed in range(3)]
+    accumulator = (jnp.ones((problem.batch, problem.m, problem.n)),) * problem.accumulate
+    lowered = timer.chain(problem, PLAN).trace(operands, accumulator).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count(f"custom_call @{ffi.TARGET}") == 3
+    work = [line for line in text.splitlines() if "stablehlo." in line and "custom_call" not in line]
+    assert work and all("stablehlo.transpose" in line for line in work), "XLA turns these into layouts"
+    for lhs, lhs_scale, rhs, rhs_scale in operands:
+        lhs_batch, rhs_batch = (problem.batch if b else 1 for b in (problem.lhs_batched, problem.rhs_batched))
+        assert lhs.shape == (lhs_batch, 7, 512) and lhs_scale.shape == (lhs_batch, 4, 7)
+        assert rhs.shape == (rhs_batch, 256, 512)
+        assert rhs_scale.shape == ((rhs_batch, 4, 256) if problem.rhs_scale_rows == 1 else (rhs_batch, 2, 4))
+        assert bool(jnp.isfinite(lhs.astype(jnp.float32)).all()) and jnp.unique(lhs.astype(jnp.float32)).size > 40
+    assert not jnp.array_equal(operands[0][0], operands[1][0])
+
+
+@pytest.mark.parametrize("problem", [GemmProblem(1, 128, 128), GemmProblem(64, 2112, 7168),
+                                     GemmProblem(8192, 8192, 8192), GemmProblem(1, 129280, 65536)])
+def test_a_chain_reads_more_than_l2_holds_where_it_can(problem):
+    calls, size = timer._num_calls(problem), (problem.m + problem.n) * problem.k
+    assert 1 <= calls <= 64 and (calls * size <= 4e9 or calls == 1)
+    assert calls * size > 100e6 or calls == 64
+
+
+def test_warmup_compiles_each_kernel_once_side_by_side(monkeypatch):
+    both, compiled = threading.Barrier(2, timeout=20), []
+
+    def compile_fake(problem, config):
+        both.wait()  # broken unless two are in work at once
+        compiled.append((problem, config))
+        return b"cubin"
+
+    monkeypatch.setattr(warmup, "compile_kernel", compile_fake)
+    other = dataclasses.replace(PROBLEM, n=4096)
+    assert warmup.warmup([PROBLEM, other, PROBLEM], device=H200, num_threads=2, progress=False) == 2
+    assert sorted(p.n for p, _ in compiled) == [4096, 7168]
+    assert all(config == choose(problem, H200).config for problem, config in compiled)
+
+
+def test_warmup_raises_what_does_not_compile(monkeypatch):
+    def fail(problem, config):
+        raise CompileError("ptxas fatal")
+
+    monkeypatch.setattr(warmup, "compile_kernel", fail)
+    with pytest.raises(CompileError, match="ptxas fatal"):
+        warmup.warmup([PROBLEM], device=H200, progress=False)

@@ -1,0 +1,169 @@
+"""The command line, run in this process; one command in its own."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from jax_fp8gemm import __main__ as cli
+from jax_fp8gemm import diagnose
+from jax_fp8gemm.jit import settings, toolchain, tuned
+from jax_fp8gemm.jit.cache import cache_key, kernel_cache
+from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.device import H200
+from jax_fp8gemm.jit.problem import GemmProblem
+
+
+@pytest.fixture(autouse=True)
+def private_environment(monkeypatch, tmp_path):
+    for variable in settings.VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_module_runs_and_its_help_has_the_environment(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "jax_fp8gemm", "--help"], capture_output=True, text=True, check=True)
+    for word in ("info", "explain", "warmup", "autotune", "cache", *(v.name for v in settings.VARIABLES)):
+        assert word in done.stdout
+
+
+def test_explain(capsys):
+    status, out, _ = run(capsys, "explain", 64, 2112, 7168, "--rows", 3)
+    assert status == 0 and "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in out and "winner, by the" in out
+    status, out, _ = run(capsys, "explain", 64, 2112, 7170, "--gpu", "NVIDIA H20", "--num-sms", 50, "--out-dtype", "f32",
+                         "--accumulate", "--batch", 2, "--rhs-scale-rows", 1, "--batch-invariant")
+    assert status == 0 and "2 x 64x2112x7184 f32 accumulate 1x128 rhs on NVIDIA H20, 50 SMs" in out
+    assert "split-K" not in out.split("rejected")[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("explain", 0, 8, 128), "GemmProblem.m: expected at least 1, got 0"),
+    (("explain", 8, 8, 128, "--accumulate"), "GemmProblem.accumulate: expected out_dtype 'f32', got 'bf16'"),
+    (("warmup", "64x64"), "shapes: expected MxNxK, such as 64x2112x7168, or a file of these, got '64x64'"),
+])
+def test_bad_input_is_said_in_one_line(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and err == f"jax_fp8gemm: {message}\n"
+
+
+def test_a_bad_environment_variable_is_said_in_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_FP8GEMM_NUM_SMS", "lots")
+    status, _, err = run(capsys, "explain", 8, 8, 128)
+    assert status == 2 and err == "jax_fp8gemm: JAX_FP8GEMM_NUM_SMS: expected a positive integer, got 'lots'\n"
+
+
+def test_read_shapes_from_a_file(tmp_path):
+    path = tmp_path / "shapes"
+    path.write_text("# decode\n1x2112x7168\n\n64x7168x2048  # twice\n")
+    assert cli.read_shapes(str(path)) == [(1, 2112, 7168), (64, 7168, 2048)]
+    assert cli.read_shapes("3x4x5") == [(3, 4, 5)]
+    path.write_text("1x2112x7168\n1,2,3\n")
+    with pytest.raises(ValueError, match="got '1,2,3'"):
+        cli.read_shapes(str(path))
+
+
+def test_warmup_then_cache_then_clear(capsys, tmp_path):
+    (tmp_path / "shapes").write_text("16x256x512\n16x320x512\n")
+    status, out, err = run(capsys, "warmup", tmp_path / "shapes", "16x256x512")
+    assert status == 0 and out.startswith("2 kernels ready in ") and "100%" in err
+    tuned.add(tuned.user_table(H200), H200, [tuned.Entry(GemmProblem(1, 8, 128), GemmConfig(64, 16, 4), 1.0)])
+    status, out, _ = run(capsys, "cache")
+    assert status == 0 and str(tmp_path / "cache" / "cubins") in out and ": 2 kernels, 0." in out
+    status, out, _ = run(capsys, "cache", "--clear")
+    assert out.splitlines()[0] == "2 kernels deleted" and ": 0 kernels, 0.0 MB" in out
+    assert len(tuned.load(tuned.user_table(H200))) == 1, "measurements stay"
+
+
+def test_autotune(capsys, monkeypatch):
+    entry = tuned.Entry(GemmProblem(16, 256, 512), GemmConfig(64, 64, 4), 3.25)
+    seen = {}
+
+    def fake(problems, **options):
+        seen.update(options, problems=problems)
+        return [entry], "the table"
+
+    monkeypatch.setattr(cli, "autotune", fake)
+    status, out, _ = run(capsys, "autotune", "16x256x512", "--candidates", 5, "--rounds", 3)
+    assert status == 0 and seen == {"problems": [entry.problem], "num_candidates": 5, "num_rounds": 3}
+    assert out.splitlines() == [f"16x256x512 bf16: 3.25 us  {entry.config}", "added to the table"]
+
+
+NAMES = ["Python", "jax", "jaxlib", "plugin", "driver", "GPU", "compiler", "headers", "FFI module"]
+
+
+def test_info_fits_on_a_screen_and_covers_everything(capsys):
+    status, out, _ = run(capsys, "info")
+    lines = out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 160
+    assert [line[4:15].strip() for line in lines[:len(NAMES)]] == NAMES
+    can_run = "This machine can run the kernels." in out
+    assert status == (0 if can_run else 1)
+    assert all(line.startswith("ok") for line in lines[:len(NAMES)]) == can_run
+    assert "0 kernels, 0.0 MB" in out and "0 of your own" in out
+
+
+def test_info_says_what_mends_a_machine(capsys, monkeypatch):
+    checks = [diagnose.Check(name, "fine") for name in NAMES]
+    monkeypatch.setattr(diagnose, "checks", lambda: checks)
+    assert run(capsys, "info")[0] == 0
+    checks[3] = diagnose.Check("plugin", "JAX has no CUDA plugin", 'pip install "jax[cuda13]"')
+    status, out, _ = run(capsys, "info")
+    assert status == 1 and '    plugin:      pip install "jax[cuda13]"' in out.splitlines()
+    assert "--  plugin      JAX has no CUDA plugin" in out.splitlines()
+
+
+def test_checks_find_what_is_missing(monkeypatch):
+    monkeypatch.setattr(diagnose.sys, "version_info", (3, 10, 9))
+    monkeypatch.setattr(diagnose, "_version", lambda package: None)
+
+    def no_nvrtc(nvcc=None):
+        raise RuntimeError("no NVRTC")
+
+    def no_driver(name):
+        raise OSError(name)
+
+    def no_gpu(backend):
+        raise RuntimeError(backend)
+
+    monkeypatch.setattr(toolchain, "compiler_version", no_nvrtc)
+    monkeypatch.setattr(toolchain, "headers", no_nvrtc)
+    monkeypatch.setattr(diagnose.ctypes, "CDLL", no_driver)
+    monkeypatch.setattr(diagnose.jax, "local_devices", no_gpu)
+    monkeypatch.setattr(diagnose.ffi, "available", lambda: False)
+    remedies = {check.name: check.remedy for check in diagnose.checks()}
+    assert list(remedies) == NAMES and None not in remedies.values()
+    assert remedies["compiler"] == "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
+    assert remedies["jax"] == remedies["plugin"] == 'pip install "jax[cuda13]"'
+    assert remedies["FFI module"].startswith("pip install")
+
+
+@dataclasses.dataclass
+class FakeGpu:
+    device_kind: str
+    compute_capability: str
+    core_count: int = 132
+
+
+@pytest.mark.parametrize("gpu, good", [(FakeGpu("NVIDIA H200", "9.0"), True), (FakeGpu("NVIDIA B200", "10.0"), False)])
+def test_only_hopper_will_do(monkeypatch, gpu, good):
+    monkeypatch.setattr(diagnose.jax, "local_devices", lambda backend: [gpu, gpu])
+    check = diagnose._gpu()
+    assert check.state == f"2 x {gpu.device_kind} (compute capability {gpu.compute_capability})"
+    assert (check.remedy is None) == good
+
+
+def test_cache_state(monkeypatch, tmp_path):
+    kernel_cache().get(cache_key("x"), lambda: bytes(250_000))
+    assert diagnose.cache_state() == f"{tmp_path / 'cache' / 'cubins'}: 1 kernels, 0.3 MB"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path / "file"))
+    assert "cannot be written: set JAX_FP8GEMM_CACHE_DIR" in diagnose.cache_state()
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", "none")
+    assert diagnose.cache_state() == "in memory only (JAX_FP8GEMM_CACHE_DIR)"
