@@ -1,5 +1,5 @@
-# make demo, make test: from a fresh clone to the result. Needs Python >= 3.11 and a C++ compiler; everything else is
-# installed into .venv. With an NVIDIA GPU, JAX comes with CUDA.
+# make demo, make test: from a fresh clone to the result. Needs Python >= 3.11 and a C++ compiler; everything
+# else is installed into .venv. With an NVIDIA GPU, JAX comes with CUDA.
 
 PYTHON ?= python3
 # Test processes.
