@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.config import GemmConfig, least_stages, num_tiles, rejection
@@ -15,7 +15,7 @@ from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
 from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 16
-P_BLOCKS = (64, 128, 192, 256)
+P_BLOCKS = {64: (1, 2), 128: (2,), 192: (2, 3), 256: (2,)}  # rows of P, and the numbers of consumers that suit them
 Q_BLOCKS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 MAX_SWAPPED_TOKENS = 128  # beyond, the tokens fill wgmma's 64 rows well enough
 SPREADS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8))  # cluster_m, cluster_n, split_k
@@ -33,17 +33,14 @@ def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
         for p, q in itertools.product(_covering(P_BLOCKS, p_size), _covering(Q_BLOCKS, q_size)):
             block_m, block_n = (q, p) if swap_ab else (p, q)
             whole_tiles = problem.batch * ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n)
-            for num_consumers in (1, 2, 3):
-                if num_consumers == 3 and p // MMA_P % 3:
+            for num_consumers, (cluster_m, cluster_n, split_k) in itertools.product(P_BLOCKS[p], SPREADS):
+                if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
                     continue
-                for cluster_m, cluster_n, split_k in SPREADS:
-                    if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
-                        continue
-                    config = GemmConfig(block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
-                    yield dataclasses.replace(config, num_stages=num_stages(problem, config, device))
+                config = GemmConfig(block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
+                yield _with_stages(config, num_stages(problem, config, device))
 
 
-def _covering(blocks: tuple[int, ...], size: int) -> Iterator[int]:
+def _covering(blocks: Iterable[int], size: int) -> Iterator[int]:
     """The blocks up to the first one that covers `size` by itself."""
     for block in blocks:
         yield block
@@ -56,12 +53,20 @@ def num_stages(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
     filled = MAX_STAGES
     if num_tiles(problem, config) * config.split_k <= device.num_sms:
         filled = min(filled, ceil_div(problem.num_k_blocks, config.split_k))
-    stages = min(filled, device.shared_bytes // ((config.block_m + config.block_n) * SCALE_BLOCK))
-    stages = max(stages, least_stages(config))
-    while stages > least_stages(config) and (
-            shared_bytes(problem, dataclasses.replace(config, num_stages=stages)) > device.shared_bytes):
-        stages -= 1
+    tiles = (config.block_m + config.block_n) * SCALE_BLOCK
+    rest = shared_bytes(problem, config) - config.num_stages * tiles
+    least = least_stages(config)
+    stages = max(least, min(filled, (device.shared_bytes - rest) // tiles))
+    while stages > least and shared_bytes(problem, _with_stages(config, stages)) > device.shared_bytes:
+        stages -= 1  # the rest grows with the stages too, a little
     return stages
+
+
+def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
+    """`config` with other stages; `dataclasses.replace`, which takes several times as long, would show here."""
+    return GemmConfig(config.block_m, config.block_n, stages, config.num_consumers, config.swap_ab, config.cluster_m,
+                      config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials,
+                      config.ordered)
 
 
 def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:
