@@ -25,7 +25,13 @@ struct ThreadPlace {
   }
 };
 
+// Keeps what is computed from `value` behind this point.
+__device__ __forceinline__ void compute_from_here(float& value) { asm volatile("" : "+f"(value)); }
+
 // scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns, column 0, 1.
+//
+// Scales are read before the products are issued, as issuing blocks while the tensor core is busy, and multiplied after
+// (`prepare`), lest the products wait for them.
 //
 // Both sides per row: a product for each element.
 template <class Config, bool kRhsPerRow = Tile<Config>::kRhsPerRow, bool kSwapAB = Config::kSwapAB>
@@ -34,7 +40,7 @@ struct Scales {
   float rows[2];
   float columns[T::kWarpgroupQ / 8][2];
 
-  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int, int mma) {
+  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int, int mma) {
     const float* p_scale = kSwapAB ? shared.rhs_scale[stage] : shared.lhs_scale[stage];
     const float* q_scale = kSwapAB ? shared.lhs_scale[stage] : shared.rhs_scale[stage];
 #pragma unroll
@@ -46,9 +52,12 @@ struct Scales {
     }
   }
 
-  __device__ float operator()(int row, int j, int column) const {
-    return __fmul_rn(rows[row], columns[j][column]);
+  __device__ void prepare() {
+    compute_from_here(rows[0]);
+    compute_from_here(rows[1]);
   }
+
+  __device__ float operator()(int row, int j, int column) const { return __fmul_rn(rows[row], columns[j][column]); }
 };
 
 // Tokens in rows, weights in columns: one product per row and 128-block of columns. Where blocks begin is known at
@@ -61,29 +70,36 @@ struct Scales<Config, false, false> {
   static constexpr bool kAligned = kAlignment == kScaleBlock;
   static_assert(kBlocks <= 3);
 
+  float rows[2], blocks[kBlocks];
   float products[2][kBlocks];
   int first_columns;  // columns of the warpgroup that belong to its first block
 
-  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
-                    int warpgroup, int mma) {
+  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
+                       int warpgroup, int mma) {
     const int n = n_start + T::warpgroup_q(warpgroup);
     const int first_block = n / kScaleBlock - n_start / kScaleBlock;
     first_columns = kScaleBlock - n % kScaleBlock;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const float column = shared.rhs_scale[stage][first_block + b];
+    for (int row = 0; row < 2; ++row) rows[row] = shared.lhs_scale[stage][at.p + mma * kMmaP + row * 8];
 #pragma unroll
-      for (int row = 0; row < 2; ++row)
-        products[row][b] = __fmul_rn(shared.lhs_scale[stage][at.p + mma * kMmaP + row * 8], column);
+    for (int b = 0; b < kBlocks; ++b) blocks[b] = shared.rhs_scale[stage][first_block + b];
+  }
+
+  __device__ void prepare() {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      compute_from_here(rows[row]);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) products[row][b] = __fmul_rn(rows[row], blocks[b]);
     }
   }
 
   __device__ float operator()(int row, int j, int) const {
-    const float(&blocks)[kBlocks] = products[row];
-    if constexpr (kBlocks == 1) return blocks[0];
-    if constexpr (kAligned) return blocks[j * 8 / kScaleBlock];
-    float scale = j * 8 < first_columns ? blocks[0] : blocks[1];
-    if constexpr (kBlocks == 3) scale = j * 8 < first_columns + kScaleBlock ? scale : blocks[2];
+    const float(&scales)[kBlocks] = products[row];
+    if constexpr (kBlocks == 1) return scales[0];
+    if constexpr (kAligned) return scales[j * 8 / kScaleBlock];
+    float scale = j * 8 < first_columns ? scales[0] : scales[1];
+    if constexpr (kBlocks == 3) scale = j * 8 < first_columns + kScaleBlock ? scale : scales[2];
     return scale;
   }
 };
@@ -96,8 +112,8 @@ struct Scales<Config, false, true> {
   float weight;
   float columns[T::kWarpgroupQ / 8][2];
 
-  __device__ Scales(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
-                    int warpgroup, int mma) {
+  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
+                       int warpgroup, int mma) {
     const int n = n_start + T::warpgroup_p(warpgroup) + mma * kMmaP;
     weight = shared.rhs_scale[stage][n / kScaleBlock - n_start / kScaleBlock];
 #pragma unroll
@@ -107,6 +123,8 @@ struct Scales<Config, false, true> {
     }
   }
 
+  __device__ void prepare() { compute_from_here(weight); }
+
   __device__ float operator()(int, int j, int column) const { return __fmul_rn(weight, columns[j][column]); }
 };
 
@@ -114,6 +132,13 @@ template <class Config>
 using Fragment = float[Tile<Config>::kFragment];
 template <class Config>
 using Accumulators = Fragment<Config>[Tile<Config>::kNumMmaP];
+
+// The product of 64 rows of P with a warpgroup's columns of Q over one block of K, and its scales.
+template <class Config>
+struct Partial {
+  Fragment<Config> fragment;
+  Scales<Config> scales;
+};
 
 // With two consumers, each issues its products while the other promotes: they take turns at the tensor core. Left alone
 // they fall into step, and the tensor core idles while both promote.
@@ -159,8 +184,10 @@ struct Mainloop {
   const ThreadPlace<Config> at;
   const ptx::Descriptor p, q;  // the warpgroup's parts of the first stage
 
-  static constexpr u32 kPBytes = Config::kSwapAB ? T::kRhsBytes : T::kLhsBytes;
-  static constexpr u32 kQBytes = Config::kSwapAB ? T::kLhsBytes : T::kRhsBytes;
+  // From a stage to the next, and from one 64-row product to the next, in the descriptors' units of 16 bytes.
+  static constexpr u32 kStageP = (Config::kSwapAB ? T::kRhsBytes : T::kLhsBytes) / 16;
+  static constexpr u32 kStageQ = (Config::kSwapAB ? T::kLhsBytes : T::kRhsBytes) / 16;
+  static constexpr u32 kNextMma = kMmaP * kBlockK / 16;
 
   __device__ static const u8* p_tile(const SharedStorage<Config>& shared) {
     return Config::kSwapAB ? shared.rhs[0] : shared.lhs[0];
@@ -174,25 +201,29 @@ struct Mainloop {
         at(warpgroup), p(p_tile(pipeline.shared) + T::warpgroup_p(warpgroup) * kBlockK),
         q(q_tile(pipeline.shared) + T::warpgroup_q(warpgroup) * kBlockK) {}
 
-  // Starts the product of the i-th 64 rows of P with the warpgroup's columns of Q.
-  __device__ void start(Fragment<Config>& partial, int i) {
+  // Starts the product of the i-th 64 rows of P.
+  __device__ void start(Partial<Config>& partial, int i) {
     if (i == 0) ahead.wait_full();
+    partial.scales.load(ahead.shared, ahead.stage, at, n_start, warpgroup, i);
     Turns<Config>::wait(warpgroup);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockK; k += kMmaK)
-      Config::wgmma(partial, p.at(ahead.stage * kPBytes + i * kMmaP * kBlockK + k), q.at(ahead.stage * kQBytes + k),
-                    k > 0);
+    for (u32 k = 0; k < kBlockK / kMmaK; ++k)
+      Config::wgmma(partial.fragment, p.at(ahead.stage * kStageP + i * kNextMma + k * (kMmaK / 16)),
+                    q.at(ahead.stage * kStageQ + k * (kMmaK / 16)), k > 0);
     ptx::wgmma_commit();
     Turns<Config>::pass(warpgroup);
-    if (i == T::kNumMmaP - 1) ahead.advance();
+    if (i == T::kNumMmaP - 1) {
+      ahead.advance();
+      ahead.peek_full();
+    }
+    partial.scales.prepare();
   }
 
   // Waits for a product, all but the `kPending` started after it, and adds it with its scales.
   template <int kPending>
-  __device__ void finish(Fragment<Config>& partial, int i) {
-    const Scales<Config> scales(behind.shared, behind.stage, at, n_start, warpgroup, i);
-    ptx::wgmma_wait<kPending>(partial);
+  __device__ void finish(Partial<Config>& partial, int i) {
+    ptx::wgmma_wait<kPending>(partial.fragment);
     if (i == T::kNumMmaP - 1) {
       behind.release();
       behind.advance();
@@ -202,7 +233,7 @@ struct Mainloop {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& sum = accumulators[i][4 * j + e];
-        sum = __fmaf_rn(scales(e / 2, j, e % 2), partial[4 * j + e], sum);
+        sum = __fmaf_rn(partial.scales(e / 2, j, e % 2), partial.fragment[4 * j + e], sum);
       }
   }
 
@@ -214,15 +245,15 @@ struct Mainloop {
 
     // One product at a time: everything, or the blocks that are no whole batch.
     const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
+    Partial<Config> partial;  // one for all products: the next must not be started before this one is promoted
     for (int k = 0; k < singles; ++k)
       unrolled<T::kNumMmaP>([&](auto i) {
-        Fragment<Config> partial;
         start(partial, i);
         finish<0>(partial, i);
       });
     if constexpr (kPipelined)
       for (int k = singles; k < num_k_blocks; k += kBatch) {
-        Fragment<Config> partials[kPartials];
+        Partial<Config> partials[kPartials];
         unrolled<kPartials>([&](auto s) { start(partials[s], s % T::kNumMmaP); });
         unrolled<kPartials>([&](auto s) { finish<kPartials - 1 - s>(partials[s], s % T::kNumMmaP); });
       }

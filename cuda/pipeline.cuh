@@ -20,6 +20,7 @@ struct Pipeline {
   SharedStorage<Config>& shared;
   u32 stage = 0;
   u32 phase = 0;
+  bool ready = false;  // the current stage was seen full
 
   __device__ explicit Pipeline(SharedStorage<Config>& storage) : shared(storage) {}
 
@@ -32,7 +33,12 @@ struct Pipeline {
   }
 
   __device__ void wait_empty() { ptx::mbarrier_wait(&shared.empty[stage], phase ^ 1); }  // passes at once at first
-  __device__ void wait_full() { ptx::mbarrier_wait(&shared.full[stage], phase); }
+  __device__ void wait_full() {
+    if (!ready) ptx::mbarrier_wait(&shared.full[stage], phase);
+    ready = false;
+  }
+  // Looks at the stage early, so that waiting for it later costs nothing if it is full.
+  __device__ void peek_full() { ready = ptx::mbarrier_test(&shared.full[stage], phase); }
 
   // A warp has read all it needs of this stage.
   __device__ void release() {

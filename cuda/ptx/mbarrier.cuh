@@ -48,6 +48,17 @@ __device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
   return complete;
 }
 
+// Whether a phase is complete, without waiting for it.
+__device__ __forceinline__ bool mbarrier_test(u64* barrier, u32 parity) {
+  u32 complete;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return complete;
+}
+
 __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }

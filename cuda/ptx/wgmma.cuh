@@ -15,7 +15,8 @@ struct Descriptor {
   u32 lower;
 
   __device__ explicit Descriptor(const void* tile) : lower((shared_address(tile) & 0x3ffff) >> 4 | 1 << 16) {}
-  __device__ u64 at(u32 bytes) const { return static_cast<u64>(kUpper) << 32 | (lower + bytes / 16); }
+  // The tile that begins `units` of 16 bytes further.
+  __device__ u64 at(u32 units) const { return static_cast<u64>(kUpper) << 32 | (lower + units); }
 };
 
 // Registers and shared memory written before are in place for the instructions that follow.
