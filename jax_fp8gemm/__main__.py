@@ -32,11 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jax_fp8gemm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_environment())
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_fp8gemm", description=__doc__, epilog=_environment(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = _command(commands, "info", _info, "say whether this machine can run the kernels (exit status 0 if so)")
+    _command(commands, "info", _info, "say whether this machine can run the kernels (exit status 0 if so)")
 
     command = _command(commands, "explain", _explain, "show how a configuration is chosen; needs no GPU")
     for name in "mnk":
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_problem_options(command)
     _add_device_options(command)
 
-    command = _command(commands, "autotune", _autotune, "time configurations on this GPU and keep the winners")
+    command = _command(commands, "autotune", _autotune, "time configurations on this GPU, keep the winners")
     command.add_argument("shapes", nargs="+", help=SHAPES_HELP)
     command.add_argument("--candidates", type=int, default=24, help="configurations to time for each shape")
     command.add_argument("--rounds", type=int, default=9, help="runs of each")
@@ -76,7 +77,8 @@ def _environment() -> str:
 def _add_problem_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=int, default=1, help="GEMMs in one launch")
     command.add_argument("--out-dtype", choices=("bf16", "f32"), default="bf16")
-    command.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), default=128, help="rows of rhs with one scale")
+    command.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), default=128,
+                         help="rows of rhs with one scale")
     command.add_argument("--accumulate", action="store_true", help="add to the output (f32)")
     command.add_argument("--batch-invariant", action="store_true", help="forbid split-K")
 
@@ -89,9 +91,10 @@ def _add_device_options(command: argparse.ArgumentParser) -> None:
 
 def _problem(options: argparse.Namespace, m: int, n: int, k: int) -> GemmProblem:
     """K is rounded up as the lowering pads it."""
-    return GemmProblem(m, n, ceil_div(k, TMA_ALIGNMENT) * TMA_ALIGNMENT, options.batch, out_dtype=options.out_dtype,
-                       rhs_scale_rows=options.rhs_scale_rows, accumulate=options.accumulate,
-                       batch_invariant=options.batch_invariant)
+    return GemmProblem(
+        m, n, ceil_div(k, TMA_ALIGNMENT) * TMA_ALIGNMENT, options.batch, out_dtype=options.out_dtype,
+        rhs_scale_rows=options.rhs_scale_rows, accumulate=options.accumulate,
+        batch_invariant=options.batch_invariant)
 
 
 def _problems(options: argparse.Namespace) -> list[GemmProblem]:
@@ -126,7 +129,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    print(explain(_problem(options, options.m, options.n, options.k), _device(options), num_rows=options.rows))
+    problem = _problem(options, options.m, options.n, options.k)
+    print(explain(problem, _device(options), num_rows=options.rows))
     return 0
 
 

@@ -93,10 +93,10 @@ def _gpu() -> Check:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return Check("GPU", "JAX sees none", "run on a machine with a Hopper GPU (H100, H200, H20, GH200)")
-    kinds = ", ".join(sorted({f"{d.device_kind} (compute capability {d.compute_capability})" for d in devices}))
+    kinds = {f"{d.device_kind} (compute capability {d.compute_capability})" for d in devices}
     hopper = all(d.compute_capability == HOPPER for d in devices)
-    return Check("GPU", f"{len(devices)} x {kinds}", None if hopper else
-                 f"the kernels are for compute capability {HOPPER} (Hopper): choose such GPUs by CUDA_VISIBLE_DEVICES")
+    remedy = f"the kernels are for compute capability {HOPPER}: choose such GPUs by CUDA_VISIBLE_DEVICES"
+    return Check("GPU", f"{len(devices)} x {', '.join(sorted(kinds))}", None if hopper else remedy)
 
 
 def _nvrtc() -> Check:
@@ -128,7 +128,7 @@ def _surroundings() -> list[tuple[str, str]]:
     device = current_device()
     shipped, own = (len(tuned.load(path)) for path in (tuned.shipped_table(device), tuned.user_table(device)))
     rows = [("cache", cache_state()), ("measured", f"{shipped} shipped, {own} of your own for {device.name}")]
-    return rows + [(v.name.removeprefix(settings.PREFIX).lower(), v.get()) for v in settings.VARIABLES if v.get()]
+    return rows + [("set", f"{v.name}={v.get()}") for v in settings.VARIABLES if v.get()]
 
 
 def cache_state() -> str:

@@ -1,4 +1,4 @@
-"""The cache of kernels: hits, damage, folders that cannot be written, threads, and 16 processes on one cold cache."""
+"""The cache of kernels: hits, damage, folders that cannot be written, threads, 16 cold processes."""
 
 import logging
 import pathlib
@@ -58,8 +58,9 @@ def test_a_hit_on_disk_takes_less_than_10_ms(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: data[:20], lambda data: data[:32], lambda data: data[:-1], lambda data: data + b"\0",
-    lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:], lambda data: bytes([data[0] ^ 128]) + data[1:],
+    lambda data: b"", lambda data: data[:20], lambda data: data[:32], lambda data: data[:-1],
+    lambda data: data + b"\0", lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:],
+    lambda data: bytes([data[0] ^ 128]) + data[1:],
 ], ids=["empty", "half a digest", "no cubin", "short", "long", "flipped bit", "flipped digest"])
 def test_a_damaged_entry_is_compiled_again_and_mended(tmp_path, damage, caplog):
     KernelCache(tmp_path).get(KEY, Compiler())
@@ -158,8 +159,8 @@ def test_threads_compile_once_and_different_kernels_at_the_same_time(tmp_path):
 
     results = []
     threads = [threading.Thread(target=lambda: results.append(cache.get(KEY, compiler))) for _ in range(8)]
-    threads += [threading.Thread(target=lambda name=name: results.append(cache.get(cache_key(name), wait_for_the_other)))
-                for name in ("x", "y")]
+    threads += [threading.Thread(target=lambda key=key: results.append(cache.get(key, wait_for_the_other)))
+                for key in (cache_key("x"), cache_key("y"))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -206,8 +207,8 @@ for name in names:
 def test_16_processes_that_start_cold_compile_each_kernel_once(tmp_path):
     names = ["alpha", "beta", "gamma"]
     (tmp_path / "ready").mkdir()
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), *names], stderr=subprocess.PIPE, text=True)
-               for _ in range(16)]
+    command = [sys.executable, "-c", WORKER, str(tmp_path), *names]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(16)]
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "ready").iterdir())) < 16 and time.monotonic() < deadline:
         time.sleep(0.01)

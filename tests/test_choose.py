@@ -22,9 +22,11 @@ def no_measurements(monkeypatch):
     monkeypatch.setattr("jax_fp8gemm.jit.choose.tuned.find", lambda problem, device: None)
 
 
-@given(m=st.integers(1, 5000), n=st.integers(1, 20000), k_blocks=st.integers(1, 160), k_tail=st.integers(0, 7),
+@given(m=st.integers(1, 5000), n=st.integers(1, 20000),
+       k_blocks=st.integers(1, 160), k_tail=st.integers(0, 7),
        batch=st.sampled_from([1, 1, 1, 3]), out_dtype=st.sampled_from(["bf16", "f32"]),
-       rhs_scale_rows=st.sampled_from([1, 128]), batch_invariant=st.booleans(), limit=st.sampled_from([None, 1, 7, 100]))
+       rhs_scale_rows=st.sampled_from([1, 128]), batch_invariant=st.booleans(),
+       limit=st.sampled_from([None, 1, 7, 100]))
 @settings(max_examples=60, deadline=None)
 def test_every_problem_has_a_legal_choice(m, n, k_blocks, k_tail, limit, **facts):
     problem = GemmProblem(m, n, max(16, 128 * k_blocks - 16 * k_tail), **facts)
@@ -79,7 +81,7 @@ def test_large_problems_get_large_tiles(n, k):
 @pytest.mark.parametrize("m", [64, 128, 4096])
 @pytest.mark.parametrize("n, k", DENSE_SHAPES)
 def test_the_model_is_within_physics(m, n, k):
-    """No faster than the peak of the tensor cores and of memory, and within twice what good kernels take there."""
+    """No faster than the peaks of tensor cores and memory, and within twice what good kernels take."""
     problem = GemmProblem(m, n, k)
     seconds = ranked(problem, H200)[0][1].seconds
     floor = max(problem.flops / 2.2e15, (m + n) * k / 4.8e12)
@@ -109,7 +111,8 @@ def test_devices():
     assert H200.limited_to(10).num_sms == 10 and H200.limited_to(10).is_limited
     assert H200.slug == "nvidia-h200"
     assert find_device("NVIDIA H20").num_sms == 78
-    assert find_device("NVIDIA H200 NVL", 120) == dataclasses.replace(H200, name="NVIDIA H200 NVL", num_sms=120)
+    unknown = dataclasses.replace(H200, name="NVIDIA H200 NVL", num_sms=120)
+    assert find_device("NVIDIA H200 NVL", 120) == unknown
     assert len({device.slug for device in KNOWN_DEVICES}) == len(KNOWN_DEVICES)
 
 

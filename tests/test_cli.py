@@ -29,7 +29,8 @@ def run(capsys, *arguments):
 
 
 def test_the_module_runs_and_its_help_has_the_environment(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "jax_fp8gemm", "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "jax_fp8gemm", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     for word in ("info", "explain", "warmup", "autotune", "cache", *(v.name for v in settings.VARIABLES)):
         assert word in done.stdout
 
@@ -37,8 +38,9 @@ def test_the_module_runs_and_its_help_has_the_environment(tmp_path):
 def test_explain(capsys):
     status, out, _ = run(capsys, "explain", 64, 2112, 7168, "--rows", 3)
     assert status == 0 and "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in out and "winner, by the" in out
-    status, out, _ = run(capsys, "explain", 64, 2112, 7170, "--gpu", "NVIDIA H20", "--num-sms", 50, "--out-dtype", "f32",
-                         "--accumulate", "--batch", 2, "--rhs-scale-rows", 1, "--batch-invariant")
+    status, out, _ = run(
+        capsys, "explain", 64, 2112, 7170, "--gpu", "NVIDIA H20", "--num-sms", 50, "--out-dtype", "f32",
+        "--accumulate", "--batch", 2, "--rhs-scale-rows", 1, "--batch-invariant")
     assert status == 0 and "2 x 64x2112x7184 f32 accumulate 1x128 rhs on NVIDIA H20, 50 SMs" in out
     assert "split-K" not in out.split("rejected")[0]
 
@@ -56,7 +58,8 @@ def test_bad_input_is_said_in_one_line(capsys, arguments, message):
 def test_a_bad_environment_variable_is_said_in_one_line(capsys, monkeypatch):
     monkeypatch.setenv("JAX_FP8GEMM_NUM_SMS", "lots")
     status, _, err = run(capsys, "explain", 8, 8, 128)
-    assert status == 2 and err == "jax_fp8gemm: JAX_FP8GEMM_NUM_SMS: expected a positive integer, got 'lots'\n"
+    assert status == 2
+    assert err == "jax_fp8gemm: JAX_FP8GEMM_NUM_SMS: expected a positive integer, got 'lots'\n"
 
 
 def test_read_shapes_from_a_file(tmp_path):
@@ -151,7 +154,8 @@ class FakeGpu:
     core_count: int = 132
 
 
-@pytest.mark.parametrize("gpu, good", [(FakeGpu("NVIDIA H200", "9.0"), True), (FakeGpu("NVIDIA B200", "10.0"), False)])
+@pytest.mark.parametrize("gpu, good", [
+    (FakeGpu("NVIDIA H200", "9.0"), True), (FakeGpu("NVIDIA B200", "10.0"), False)])
 def test_only_hopper_will_do(monkeypatch, gpu, good):
     monkeypatch.setattr(diagnose.jax, "local_devices", lambda backend: [gpu, gpu])
     check = diagnose._gpu()

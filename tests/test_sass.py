@@ -32,12 +32,13 @@ FEATURES = [
     (GemmProblem(4096, 4096, 4096), GemmConfig(192, 96, 5, 3, cluster_m=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, swap_ab=True, cluster_n=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, split_k=8)),
-    (GemmProblem(64, 4096, 4096, out_dtype="f32", accumulate=True), GemmConfig(32, 128, 6, swap_ab=True, split_k=2)),
+    (GemmProblem(64, 4096, 4096, out_dtype="f32", accumulate=True),
+     GemmConfig(32, 128, 6, swap_ab=True, split_k=2)),
     (GemmProblem(4096, 4095, 4096), GemmConfig(128, 160, 4)),
 ]
 TUNED = [(entry.problem, entry.config) for entry in tuned.load(tuned.shipped_table(H200))]
-KERNELS = {gemm_source(problem, config): (problem, config)
-           for problem, config in [*((problem, best(problem, H200)) for problem in PROBLEMS), *FEATURES, *TUNED]}
+CHOSEN = [(problem, best(problem, H200)) for problem in PROBLEMS]
+KERNELS = {gemm_source(*pair): pair for pair in [*CHOSEN, *FEATURES, *TUNED]}
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=[f"{p.n}x{p.k}: {c}" for p, c in KERNELS.values()])
@@ -46,7 +47,7 @@ def test_kernel(source, tmp_path):
     assert rejection(problem, config, H200) is None
     cubin = compile_source(source)
     sass = disassemble(cubin)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+)", sass, re.MULTILINE)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+)", sass, re.M)
     names = {instruction.split(".")[0] for instruction in instructions}
     assert {"QGMMA", "UTMALDG", "SYNCS"} <= names, "tensor core, copy engine, barriers"
     store = "UTMAREDG" if problem.accumulate else "UTMASTG"
@@ -74,5 +75,6 @@ def _resource_usage(cubin, path):
     tool = pathfinder.find_nvidia_binary_utility("cuobjdump")
     assert tool is not None, "cuobjdump is needed: pip install nvidia-cuda-cuobjdump"
     path.write_bytes(cubin)
-    done = subprocess.run([tool, "--dump-resource-usage", str(path)], capture_output=True, check=True, text=True)
+    command = [tool, "--dump-resource-usage", str(path)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}

@@ -28,8 +28,8 @@ def test_defaults(monkeypatch, tmp_path):
 def test_values(monkeypatch, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.touch()
-    for name, value in {"CACHE_DIR": "~/kernels", "DUMP_DIR": str(tmp_path), "PRINT_CONFIG": "1", "LINE_INFO": "true",
-                        "NVCC": str(nvcc), "NUM_SMS": "100"}.items():
+    for name, value in {"CACHE_DIR": "~/kernels", "DUMP_DIR": str(tmp_path), "PRINT_CONFIG": "1",
+                        "LINE_INFO": "true", "NVCC": str(nvcc), "NUM_SMS": "100"}.items():
         monkeypatch.setenv(settings.PREFIX + name, value)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert settings.cache_dir() == pathlib.Path("/home/somebody/kernels")
@@ -39,7 +39,8 @@ def test_values(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name, value, read", [
     ("PRINT_CONFIG", "yes", settings.print_config), ("LINE_INFO", "2", settings.line_info),
-    ("NUM_SMS", "0", settings.num_sms), ("NUM_SMS", "-3", settings.num_sms), ("NUM_SMS", "many", settings.num_sms),
+    ("NUM_SMS", "0", settings.num_sms), ("NUM_SMS", "-3", settings.num_sms),
+    ("NUM_SMS", "many", settings.num_sms),
     ("NVCC", "/no/such/nvcc", settings.nvcc), ("LOG", "loud", settings.configure_logging),
 ])
 def test_a_bad_value_is_named(monkeypatch, name, value, read):

@@ -31,8 +31,8 @@ def autotune(problems: Iterable[GemmProblem], *, num_candidates: int = 24, num_r
              progress: bool = True) -> tuple[list[tuned.Entry], pathlib.Path]:
     """Times the model's best candidates for each problem, and adds the winners to the user's table.
 
-    The candidates are timed in turns, so that a drift of the clock meets all of them, and compared by their medians.
-    The configuration that the problem has today is always among them.
+    The candidates are timed in turns, so that a drift of the clock meets all of them, and compared by their
+    medians. The configuration that the problem has today is always among them.
 
     Args:
       problems: the calls to tune.
@@ -63,7 +63,7 @@ def autotune(problems: Iterable[GemmProblem], *, num_candidates: int = 24, num_r
 
 
 def _candidates(problem: GemmProblem, device: Device, count: int) -> list[GemmConfig]:
-    """Today's choice and the model's best; whether consumers take turns, the model cannot tell, so both are there."""
+    """Today's choice and the model's best, each with and without turns, of which the model knows nothing."""
     configs = [choose(problem, device).config, *(config for config, _ in ranked(problem, device)[:count])]
     turns = [dataclasses.replace(config, ordered=not config.ordered) for config in configs]
     return [c for c in dict.fromkeys([*configs, *turns]) if rejection(problem, c, device) is None]
@@ -73,7 +73,8 @@ def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,
              progress: bool) -> dict[GemmConfig, LaunchPlan]:
     """The plans of the configurations that compile."""
     plans, errors = {}, []
-    for config, cubin in zip(configs, compile_all([(problem, config) for config in configs], progress=progress)):
+    cubins = compile_all([(problem, config) for config in configs], progress=progress)
+    for config, cubin in zip(configs, cubins):
         if isinstance(cubin, Exception):
             logger.warning("%s left out of the tuning of %s: %s", config, describe(problem), cubin)
             errors.append(cubin)

@@ -1,8 +1,9 @@
 """Compiled kernels, in memory and on disk, safe between threads and between processes.
 
-On disk an entry is a file named by its key, `<key>.cubin`: the SHA-256 of the cubin, then the cubin. It appears under
-its name only when it is complete (written aside, then renamed), so readers need no lock. The lock of a key only keeps
-processes that start together from compiling the same kernel: whoever gets it first compiles, the others read.
+On disk an entry is a file named by its key, `<key>.cubin`: the SHA-256 of the cubin, then the cubin. It
+appears under its name only when it is complete (written aside, then renamed), so readers need no lock. The
+lock of a key only keeps processes that start together from compiling the same kernel: whoever gets it first
+compiles, the others read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax_fp8gemm.jit import settings
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 60.0  # seconds: longer than any kernel compiles; then the holder hangs, and its work is done here too
+LOCK_TIMEOUT = 60.0  # seconds: no kernel compiles for so long; its holder hangs
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -54,7 +55,7 @@ class KernelCache:
         self._warned = False
 
     def get(self, key: str, compile: Callable[[], bytes]) -> bytes:
-        """The cubin of `key`: from memory, from disk, or by `compile()`, which one thread of one process runs."""
+        """The cubin of `key`: from memory, from disk, or by `compile()`, run by one thread of one process."""
         with self._guard:
             if key in self._memory:
                 return self._memory[key]
@@ -89,7 +90,7 @@ class KernelCache:
             lock.acquire()
             return lock
         except filelock.Timeout:
-            logger.warning("the lock of kernel %s is held for more than %g s: compiling it here", key, LOCK_TIMEOUT)
+            logger.warning("the lock of kernel %s is held for more than %g s", key, LOCK_TIMEOUT)
         except (OSError, NotImplementedError) as error:
             self._warn(error)
         return None
@@ -127,8 +128,8 @@ class KernelCache:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("no kernels can be kept in %s (%s): each process compiles its own. Set %s to a folder that "
-                           "can be written.", self.folder, error, settings.CACHE_DIR.name)
+            logger.warning("no kernels can be kept in %s (%s): each process compiles its own. Set %s to a "
+                           "folder that can be written.", self.folder, error, settings.CACHE_DIR.name)
 
     def entries(self) -> list[pathlib.Path]:
         """The files of all kernels on disk."""

@@ -1,4 +1,4 @@
-"""Which configuration a problem gets: candidates -> legal -> cost -> best, unless a measured winner is known."""
+"""Which configuration a problem gets: candidates -> legal -> cost -> best, or a measured winner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
 from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 16
-P_BLOCKS = {64: (1, 2), 128: (2,), 192: (2, 3), 256: (2,)}  # rows of P, and the numbers of consumers that suit them
+P_BLOCKS = {64: (1, 2), 128: (2,), 192: (2, 3), 256: (2,)}  # rows of P: numbers of consumers that suit them
 Q_BLOCKS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 MAX_SWAPPED_TOKENS = 128  # beyond, the tokens fill wgmma's 64 rows well enough
 SPREADS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8))  # cluster_m, cluster_n, split_k
@@ -25,7 +25,7 @@ NUM_REFINED = 16  # candidates whose variants are looked into
 
 
 def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
-    """The configurations worth a look, legal or not; `ranked` varies raster group and partials of the best."""
+    """The configurations worth a look, legal or not; `ranked` varies raster group and partials."""
     for swap_ab in (False, True):
         p_size, q_size = (problem.n, problem.m) if swap_ab else (problem.m, problem.n)
         if swap_ab and problem.m > MAX_SWAPPED_TOKENS:
@@ -36,7 +36,8 @@ def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
             for num_consumers, (cluster_m, cluster_n, split_k) in itertools.product(P_BLOCKS[p], SPREADS):
                 if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
                     continue
-                config = GemmConfig(block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
+                config = GemmConfig(
+                    block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
                 yield _with_stages(config, num_stages(problem, config, device))
 
 
@@ -63,18 +64,19 @@ def num_stages(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
 
 
 def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
-    """`config` with other stages; `dataclasses.replace`, which takes several times as long, would show here."""
-    return GemmConfig(config.block_m, config.block_n, stages, config.num_consumers, config.swap_ab, config.cluster_m,
-                      config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials,
-                      config.ordered)
+    """`config` with other stages; `dataclasses.replace` is slow enough to show here."""
+    return GemmConfig(
+        config.block_m, config.block_n, stages, config.num_consumers, config.swap_ab, config.cluster_m,
+        config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials,
+        config.ordered)
 
 
 def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:
     """The legal candidates with their costs, the best first; the first few in their best variant."""
     legal = [config for config in candidates(problem, device) if rejection(problem, config, device) is None]
     if not legal:
-        raise NotImplementedError(f"no configuration of the kernel can run {problem} on {device}; use the reference "
-                                  "implementation")
+        raise NotImplementedError(f"no configuration of the kernel can run {problem} on {device}; use "
+                                  "implementation='reference'")
     by_seconds = lambda pair: pair[1].seconds
     order = sorted(((config, cost(problem, config, device)) for config in legal), key=by_seconds)
     refined = [min(_variants(problem, *pair, device), key=by_seconds) for pair in order[:NUM_REFINED]]
@@ -83,7 +85,7 @@ def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]
 
 def _variants(problem: GemmProblem, config: GemmConfig, base: Cost,
               device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
-    """`config` with other raster groups, where tiles come in waves, and with two or more products in flight."""
+    """`config` with other raster groups, where tiles come in waves, and with products in flight."""
     yield config, base
     num_products = warpgroup_tile(config)[0] // MMA_P
     raster_groups = RASTER_GROUPS if base.waves > 1 and config.split_k == 1 else (config.raster_group,)

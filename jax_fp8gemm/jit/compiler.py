@@ -1,4 +1,4 @@
-"""From a problem to a launch plan: choose a configuration, generate the source, compile it or find its cubin."""
+"""From a problem to a launch plan: choose a configuration, generate the source, compile it or find it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from jax_fp8gemm.jit.toolchain import compile_source, compiler_identity, disasse
 logger = logging.getLogger(__name__)
 settings.configure_logging()
 
-_override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar("jax_fp8gemm_override", default=None)
+_override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar(
+    "jax_fp8gemm_override", default=None)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """How a kernel is tiled: a configuration, and what makes it legal for a problem and a device.
 
-P is the side of the tile on wgmma's 64 rows and Q the side on its steps of 8: M and N, or N and M with `swap_ab`.
+P is the side of the tile on wgmma's 64 rows and Q the side on its steps of 8: M and N, or N and M with
+`swap_ab`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
@@ -18,8 +20,8 @@ MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
 
 LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 
-# Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg leaves
-# a consumer thread for a given number of consumer warpgroups.
+# Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg
+# leaves a consumer thread for a given number of consumer warpgroups.
 OTHER_REGISTERS = 40
 MAX_REGISTERS = {1: 240, 2: 232, 3: 152}
 
@@ -32,13 +34,17 @@ class GemmConfig:
       block_m, block_n: the output tile of a CTA.
       num_stages: depth of the shared-memory ring; a stage holds one 128-block of K of both operands.
       num_consumers: warpgroups that multiply (one more warpgroup loads).
-      swap_ab: put rhs on wgmma's M side (64 rows an instruction) and lhs, the tokens, on its N side (steps of 8).
-      cluster_m, cluster_n: CTAs of a cluster along M (they share the rhs tile) and N (the lhs tile) by multicast.
+      swap_ab: put rhs on wgmma's M side (64 rows an instruction) and lhs, the tokens, on its N side (steps of
+        8).
+      cluster_m, cluster_n: CTAs of a cluster along M (they share the rhs tile) and N (the lhs tile) by
+        multicast.
       split_k: CTAs of a cluster that share one output tile, each with a part of K, summed through distributed
         shared memory in a fixed order.
-      raster_group: cluster tiles along M in a band; a band is walked M first, so that its operands stay in L2.
+      raster_group: cluster tiles along M in a band; a band is walked M first, so that its operands stay in
+        L2.
       out_buffers: chunks of output that a consumer may have on the way to global memory.
-      partials: products of 64 rows with one block of K that a consumer has in flight, each in registers of its own.
+      partials: products of 64 rows with one block of K that a consumer has in flight, each in registers of
+        its own.
       ordered: two consumers take turns at the tensor core.
     """
 
@@ -56,7 +62,8 @@ class GemmConfig:
     ordered: bool = False
 
     def __str__(self) -> str:
-        parts = [f"{self.block_m}x{self.block_n}", f"stages {self.num_stages}", f"consumers {self.num_consumers}"]
+        parts = [f"{self.block_m}x{self.block_n}", f"stages {self.num_stages}",
+                 f"consumers {self.num_consumers}"]
         if self.swap_ab:
             parts.append("swap-AB")
         if self.partials > 1:
@@ -88,7 +95,7 @@ def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
 
 
 def least_stages(config: GemmConfig) -> int:
-    """Stages without which there is no pipeline or, with split-K, no room for the partial tile in the ring."""
+    """Stages without which there is no pipeline or, with split-K, no room in it for the partial tile."""
     if config.split_k == 1:
         return LEAST["num_stages"]
     partial = 4 * config.block_m * (config.block_n + PARTIAL_PADDING)
@@ -96,13 +103,18 @@ def least_stages(config: GemmConfig) -> int:
 
 
 def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
-    """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the rest.
+    """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the
+    rest.
 
-    Where each row on the Q side has a scale of its own, a thread holds those of its columns too.
+    A thread also holds the scales of its columns where each has its own, else four for each further block of
+    rhs that the warpgroup touches.
     """
     p, q = warpgroup_tile(config)
-    q_scales = q // 4 if config.swap_ab or problem.rhs_scale_rows == 1 else 0
-    return (p // MMA_P + config.partials) * (q // 2) + q_scales + OTHER_REGISTERS
+    if config.swap_ab or problem.rhs_scale_rows == 1:
+        scales = q // 4
+    else:
+        scales = 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
+    return (p // MMA_P + config.partials) * (q // 2) + scales + OTHER_REGISTERS
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -135,7 +147,8 @@ def _tile_rejection(config: GemmConfig) -> str | None:
 def _order_rejection(config: GemmConfig) -> str | None:
     num_products = warpgroup_tile(config)[0] // MMA_P
     if config.partials > 1 and config.partials % num_products:
-        return f"partials {config.partials} is no multiple of a consumer's {num_products} products for a block of K"
+        return (f"partials {config.partials} is no multiple of a consumer's {num_products} products for a "
+                "block of K")
     if config.ordered and config.num_consumers != 2:
         return f"ordered takes 2 consumers, not {config.num_consumers}"
     return None
@@ -163,7 +176,8 @@ def _split_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -
     if config.cluster_m * config.cluster_n > 1:
         return "split-K and multicast both need the cluster"
     if config.num_stages < least_stages(config):
-        return f"the partial tile does not fit into {config.num_stages} stages: it takes {least_stages(config)}"
+        return (f"the partial tile does not fit into {config.num_stages} stages: it takes "
+                f"{least_stages(config)}")
     ctas = num_tiles(problem, config) * config.split_k
     if device.is_limited and ctas > device.num_sms:
         return f"split-K takes {ctas} CTAs at once, more than the limit of {device.num_sms} SMs"

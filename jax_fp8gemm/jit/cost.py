@@ -1,14 +1,16 @@
-"""What a configuration costs: a model of the kernel's time that has to rank configurations, not to predict them.
+"""What a configuration costs: a model of the kernel's time that has to rank configurations, not to predict
+them.
 
-The kernel is a row of waves. In a wave every CTA walks the K blocks of one tile, and a K block takes as long as the
-slowest of the three that work on it at the same time:
+The kernel is a row of waves. In a wave every CTA walks the K blocks of one tile, and a K block takes as long
+as the slowest of the three that work on it at the same time:
 
-  math    the tensor cores, which all consumers of an SM share, or one consumer's own chain: multiply, then promote;
-  l2      both operands' tiles from L2 through the SM's port (a multicast tile counts once per cluster in L2);
-  memory  the wave's share of what must come from HBM, limited by HBM and by the bytes that the rings keep in flight.
+  math    the tensor cores, which all consumers of an SM share, or one consumer's own chain: multiply, then
+  promote; l2      both operands' tiles from L2 through the SM's port (a multicast tile counts once per
+  cluster in L2); memory  the wave's share of what must come from HBM, limited by HBM and by the bytes that
+  the rings keep in flight.
 
-To the waves come the epilogue of each, the start of the kernel, and split-K's reduction; and the whole can be no faster
-than the power limit lets the tensor cores run.
+To the waves come the epilogue of each, the start of the kernel, and split-K's reduction; and the whole can be
+no faster than the power limit lets the tensor cores run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jax_fp8gemm.jit.tile import out_chunk, warpgroup_tile
 
 # Measured on an H200, or fitted to what was measured there. Seconds, bytes, cycles of the SM's clock.
 LAUNCH = 3.0e-6  # a kernel's start and end: first bytes from memory, last bytes to it
-FIRST_LOAD = 0.8e-6  # from a copy's issue to its data under load: exposed where a CTA starts with an empty ring
+FIRST_LOAD = 0.8e-6  # from a copy's issue to its data, under load: exposed where a CTA starts
 CLUSTER_EXCHANGE = 1.0e-6  # split-K: two cluster barriers and the start of the exchange
 SM_MEMORY_RATE = 50e9  # bytes per second: what one SM takes from memory
 PORT_BYTES = 64  # per cycle: what an SM takes from L2
@@ -88,7 +90,8 @@ def cost(problem: GemmProblem, config: GemmConfig, device: Device) -> Cost:
     num_waves = full_waves + (rest > 0)
     return Cost(
         *parts, steps=total,
-        power=2 * tiles * config.block_m * config.block_n * problem.num_k_blocks * SCALE_BLOCK / device.flops_per_s,
+        power=2 * tiles * config.block_m * config.block_n * problem.num_k_blocks * SCALE_BLOCK
+        / device.flops_per_s,
         epilogue=num_waves * _epilogue(problem, config, device),
         reduction=_reduction(config, device, num_waves),
         waves=num_waves)
@@ -101,7 +104,8 @@ def _math_step(problem: GemmProblem, config: GemmConfig, device: Device) -> floa
     tensor = 2 * 64 * q * 32 / device.flops_per_cycle
     shared = (64 + q) * 32 / SHARED_READ_BYTES
     multiply = instructions * max(tensor, shared)
-    # Promotion: an FMA for each of a thread's q / 2 sums, and a product of scales where they differ from sum to sum.
+    # Promotion: an FMA for each of a thread's q / 2 sums, and a product of scales where they differ from sum
+    # to sum.
     sums = q // 2
     if problem.rhs_scale_rows == 1:
         promote = 2 * sums + q // 4
@@ -126,7 +130,7 @@ def _l2_step(config: GemmConfig, device: Device, active: int) -> float:
 
 
 def _memory_bytes(problem: GemmProblem, config: GemmConfig, resident: int) -> float:
-    """Bytes of the operands that come from HBM: once, or again in each wave of tiles where L2 cannot keep them."""
+    """Bytes of the operands that come from HBM: once, or in each wave where L2 cannot keep them."""
     lhs = (problem.batch if problem.lhs_batched else 1) * problem.m * problem.k
     rhs = (problem.batch if problem.rhs_batched else 1) * problem.n * problem.k
     if lhs + rhs <= L2_BYTES:

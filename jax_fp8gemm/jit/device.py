@@ -57,7 +57,7 @@ KNOWN_DEVICES = (
 
 
 def find_device(name: str, num_sms: int | None = None) -> Device:
-    """The figures of the GPU that JAX calls `name`; an unknown one gets the H200's, with its own number of SMs."""
+    """The figures of the GPU that JAX calls `name`; an unknown one gets the H200's, but its own SMs."""
     known = next((device for device in KNOWN_DEVICES if device.name == name), H200)
     return dataclasses.replace(known, name=name, num_sms=num_sms or known.num_sms)
 

@@ -1,4 +1,4 @@
-"""Why a problem gets its configuration, as text: the candidates with the model's times, the rejections, the winner."""
+"""Why a problem gets its configuration, as text: candidates with their times, rejections, the winner."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def explain(problem: GemmProblem, device: Device, *, num_rows: int = 12) -> str:
     winner = _row(choice.config, cost(problem, choice.config, device))
     return "\n".join([
         f"{describe(problem)} on {device.name}, {device.num_sms} SMs", "",
-        f"{len(order)} legal candidates, by the model's microseconds (the parts overlap):", _HEADER, *rows, "",
+        f"{len(order)} legal candidates, by the model's microseconds (the parts overlap):",
+        _HEADER, *rows, "",
         *_rejections(problem, device), f"winner, by the {choice.source}:", _HEADER, winner, ""])
 
 
 def _row(config: GemmConfig, price: Cost) -> str:
     seconds = (price.seconds, *(getattr(price, name) for name in _PARTS))
-    return "".join(f"{1e6 * value:10.2f}" for value in seconds) + f"  {price.bound:<6}  {price.waves:5}  {config}"
+    times = "".join(f"{1e6 * value:10.2f}" for value in seconds)
+    return f"{times}  {price.bound:<6}  {price.waves:5}  {config}"
 
 
 def _rejections(problem: GemmProblem, device: Device) -> list[str]:

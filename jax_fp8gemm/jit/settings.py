@@ -42,8 +42,8 @@ class Variable:
 
 CACHE_DIR = Variable(
     PREFIX + "CACHE_DIR", "the user's cache folder",
-    f"Folder of compiled kernels (cubins/) and of your own measured configurations (tuned/); `{NO_CACHE}` keeps "
-    "kernels in memory only.")
+    f"Folder of compiled kernels (cubins/) and of your own measured configurations (tuned/); `{NO_CACHE}` "
+    "keeps kernels in memory only.")
 LOG = Variable(
     PREFIX + "LOG", "Python's logging decides",
     f"Prints log messages of the logger `jax_fp8gemm` from this level on: {', '.join(LOG_LEVELS)}.")
@@ -56,7 +56,8 @@ LINE_INFO = Variable(
 NVCC = Variable(
     PREFIX + "NVCC", "NVRTC", "Path of an nvcc to compile kernels with instead of NVRTC.")
 NUM_SMS = Variable(
-    PREFIX + "NUM_SMS", "all", "Number of SMs that a kernel may use; `limit_sms` does the same for a block of code.")
+    PREFIX + "NUM_SMS", "all",
+    "Number of SMs that a kernel may use; `limit_sms` does the same for a block of code.")
 
 VARIABLES = (CACHE_DIR, LOG, PRINT_CONFIG, DUMP_DIR, LINE_INFO, NVCC, NUM_SMS)
 
@@ -105,7 +106,7 @@ _sm_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("jax_fp8g
 
 
 def num_sms() -> int | None:
-    """The number of SMs that a kernel may use, None for all: read when a primitive is bound, and part of its params."""
+    """The number of SMs that a kernel may use; None: all."""
     limit = _sm_limit.get()
     if limit is not None:
         return limit
@@ -121,8 +122,8 @@ def num_sms() -> int | None:
 def limit_sms(limit: int) -> Iterator[None]:
     """Kernels whose calls are traced in this context use at most `limit` SMs, and leave the rest to others.
 
-    Under `jax.jit` the limit holds for what is called inside the context, functions traced outside it included: JAX
-    traces them again.
+    Under `jax.jit` the limit holds for what is called inside the context, functions traced outside it
+    included: JAX traces them again.
 
     Example:
       >>> with limit_sms(100):
@@ -142,7 +143,8 @@ def limit_sms(limit: int) -> Iterator[None]:
 
 
 def in_jit_key(name: str, value: str) -> contextlib.AbstractContextManager:
-    """Makes `value` part of the key under which JAX caches traces, so that none is reused under another value.
+    """Makes `value` part of the key under which JAX caches traces, so that none is reused under another
+    value.
 
     Metadata of XLA is the one public piece of JAX's state that is both free to choose and part of that key.
     """

@@ -1,4 +1,4 @@
-"""Times launch plans on the GPU, the way a model would run them: chained in one jitted program, operands cold."""
+"""Times launch plans on the GPU, as a model would run them: chained in one jitted program, operands cold."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Sampler = Callable[[], float]
 def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Sampler]:
     """For each plan a function that runs it once more and returns the seconds per GEMM.
 
-    A run is a chain of GEMMs in one program. Each reads operands of its own, and all together more than L2 holds, so
-    that none finds its weights there (where MAX_CALLS of them are enough for that). The time is the host's, for the whole chain: the few microseconds of starting
-    it are the same for all plans.
+    A run is a chain of GEMMs in one program. Each reads operands of its own, and all together more than L2
+    holds, so that none finds its weights there (where MAX_CALLS of them are enough for that). The time is the
+    host's, for the whole chain: the few microseconds of starting it are the same for all plans.
     """
     ffi.register()
     operands = [random_operands(problem, seed) for seed in range(_num_calls(problem))]
@@ -46,7 +46,7 @@ def _num_calls(problem: GemmProblem) -> int:
 
 
 def random_operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
-    """Random values and scales, since power depends on the data; scales of single rows come as [B, Kb, rows]."""
+    """Random, since power depends on the data; scales of single rows come as [B, Kb, rows]."""
     rng, k_blocks = np.random.default_rng(seed), problem.num_k_blocks
     lhs_batch, rhs_batch = _operand_batches(problem)
 
@@ -64,7 +64,8 @@ def random_operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
 
 
 def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
-    """The jitted program that runs `plan` on each of a list of operands: (operands, accumulator) -> last result.
+    """The jitted program that runs `plan` on each of a list of operands: (operands, accumulator) -> last
+    result.
 
     The accumulator is a tuple of one donated array, or an empty one; it passes through all calls.
     """
@@ -72,10 +73,12 @@ def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
     out_type = jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), DTYPES[problem.out_dtype])
     rhs_per_row = problem.rhs_scale_rows == 1
     layouts = [row_major, rows_fastest, row_major, rows_fastest if rhs_per_row else row_major]
-    # A side effect keeps results that nobody reads. They share one buffer, so that XLA runs the calls one by one.
+    # A side effect keeps results that nobody reads. They share one buffer, so that XLA runs the calls one by
+    # one.
     call = jax.ffi.ffi_call(
-        ffi.TARGET, out_type, input_layouts=layouts + [row_major] * problem.accumulate, output_layouts=row_major,
-        input_output_aliases={4: 0} if problem.accumulate else None, has_side_effect=True)
+        ffi.TARGET, out_type, has_side_effect=True, output_layouts=row_major,
+        input_layouts=layouts + [row_major] * problem.accumulate,
+        input_output_aliases={4: 0} if problem.accumulate else None)
 
     def gemm(lhs, lhs_scale, rhs, rhs_scale, *accumulator):
         rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if rhs_per_row else rhs_scale

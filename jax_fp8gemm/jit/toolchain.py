@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ARCH = "sm_90a"
 STD = "c++20"
-# NOTES: NVRTC 13.0 takes a generic lambda inside of a device function for a host function, unless device is the default.
+# NOTES: NVRTC 13.0 takes a generic lambda inside of a device function for a host function, unless device is
+# the default.
 NVRTC_OPTIONS = {"arch": ARCH, "std": STD, "device_as_default_execution_space": True}
 NVCC_OPTIONS = (f"-arch={ARCH}", f"-std={STD}")
 INSTALL_NVRTC = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
@@ -38,8 +39,8 @@ def headers() -> pathlib.Path:
     for folder in (package / "cuda", package.parent / "cuda"):
         if (folder / "gemm.cuh").is_file():
             return folder
-    raise RuntimeError(f"the kernels' headers are neither in {package / 'cuda'} nor in {package.parent / 'cuda'}: "
-                       "install jax_fp8gemm again")
+    raise RuntimeError(f"the kernels' headers are neither in {package / 'cuda'} nor in "
+                       f"{package.parent / 'cuda'}: install jax_fp8gemm again")
 
 
 def headers_digest() -> str:
@@ -52,7 +53,7 @@ def headers_digest() -> str:
 
 
 def compiler_identity(nvcc: pathlib.Path | None = None) -> str:
-    """What tells this compiler, with its options, from others that may make another cubin of the same source."""
+    """What tells this compiler, with its options, from others that may make another cubin."""
     return f"{compiler_version(nvcc)}, {NVRTC_OPTIONS if nvcc is None else NVCC_OPTIONS}"
 
 
@@ -87,8 +88,9 @@ def find_nvrtc() -> str:
         from cuda import pathfinder  # here: only compiling needs it
         return pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path
     except (ImportError, RuntimeError) as error:
-        raise RuntimeError(f"compiling a kernel needs NVRTC and cuda.core: `{INSTALL_NVRTC}` (or set "
-                           f"{settings.NVCC.name} to the path of an nvcc). The search ended with: {error}") from error
+        raise RuntimeError(
+            f"compiling a kernel needs NVRTC and cuda.core: `{INSTALL_NVRTC}` (or set {settings.NVCC.name} "
+            f"to the path of an nvcc). The search ended with: {error}") from error
 
 
 def compile_source(source: str, *, output: str = "cubin", line_info: bool = False,
@@ -120,10 +122,12 @@ def compile_source(source: str, *, output: str = "cubin", line_info: bool = Fals
 def _compile_with_nvrtc(source: str, output: str, line_info: bool) -> bytes:
     find_nvrtc()
     # cuda.core replaces its own __spec__ in the middle of its import, and with it the lock that would keep a
-    # second thread from taking the half-imported module (NVIDIA/cuda-python #1389 is about its thread safety).
+    # second thread from taking the half-imported module (NVIDIA/cuda-python #1389 is about its thread
+    # safety).
     with _import_lock:
         from cuda.core import Program, ProgramOptions  # here: 0.2 s that only compiling needs
-    options = ProgramOptions(name="fp8_gemm.cu", lineinfo=line_info, include_path=[str(headers())], **NVRTC_OPTIONS)
+    options = ProgramOptions(
+        name="fp8_gemm.cu", lineinfo=line_info, include_path=[str(headers())], **NVRTC_OPTIONS)
     program = Program(source, "c++", options)
     try:
         cubin = bytes(program.compile("cubin").code)
@@ -143,10 +147,11 @@ def _ptx(program: Program) -> bytes:
 
 def _compile_with_nvcc(source: str, output: str, line_info: bool, nvcc: pathlib.Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        source_path, output_path = pathlib.Path(folder, "fp8_gemm.cu"), pathlib.Path(folder, f"fp8_gemm.{output}")
+        source_path = pathlib.Path(folder, "fp8_gemm.cu")
+        output_path = source_path.with_suffix(f".{output}")
         source_path.write_text(source)
-        command = [str(nvcc), *NVCC_OPTIONS, f"-I{headers()}", f"-{output}", "-o", str(output_path), str(source_path)]
-        _run(command + ["-lineinfo"] * line_info)
+        options = [*NVCC_OPTIONS, f"-I{headers()}", f"-{output}", *["-lineinfo"] * line_info]
+        _run([str(nvcc), *options, "-o", str(output_path), str(source_path)])
         return output_path.read_bytes()
 
 

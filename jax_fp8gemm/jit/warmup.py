@@ -55,4 +55,5 @@ def compile_all(jobs: Sequence[tuple[GemmProblem, GemmConfig]], *, num_threads: 
             return error
 
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        return list(tqdm(pool.map(compile_one, jobs), total=len(jobs), desc="compiling", disable=not progress))
+        cubins = pool.map(compile_one, jobs)
+        return list(tqdm(cubins, total=len(jobs), desc="compiling", disable=not progress))

@@ -1,10 +1,11 @@
-"""Measured winners: a JSON table per GPU, shipped in this folder, and the user's own in the cache folder's `tuned/`.
+"""Measured winners: a JSON table per GPU, shipped in this folder, and the user's own in the cache folder's
+`tuned/`.
 
-A table is `{"device": name, "entries": [{"problem": …, "config": …, "microseconds": …}, …]}`, where problem and config
-hold the fields of `GemmProblem` and `GemmConfig` that differ from their defaults. An entry serves its own M and, where
-no table has the exact M, every M of the same bucket (`bucket`) with otherwise equal facts; among those the nearest M
-counts. The user's table goes before the shipped one. An entry that is malformed, or illegal for the problem, is
-ignored with a log line.
+A table is `{"device": …, "entries": [{"problem": …, "config": …, "microseconds": …}, …]}`, where problem
+and config hold the fields of `GemmProblem` and `GemmConfig` that differ from their defaults. An entry serves
+its own M and, where no table has the exact M, every M of the same bucket (`bucket`) with otherwise equal
+facts; among those the nearest M counts. The user's table goes before the shipped one. An entry that is
+malformed, or illegal for the problem, is ignored with a log line.
 """
 
 from __future__ import annotations
@@ -124,12 +125,12 @@ def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
 
 
 def add(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:
-    """Adds measurements on `device` to the table at `path`; a problem that it has already gets the new winner."""
+    """Adds measurements on `device` to the table at `path`; the new replace the old of the same problem."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         merged = {entry.problem: entry for entry in (*load(path), *entries)}
-        ordered = sorted(merged.values(), key=lambda entry: (entry.problem.n, entry.problem.k, entry.problem.m))
-        _write(path, device, ordered)
+        by_shape = lambda entry: (entry.problem.n, entry.problem.k, entry.problem.m)
+        _write(path, device, sorted(merged.values(), key=by_shape))
 
 
 def _write(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:
