@@ -34,14 +34,12 @@ class GemmConfig:
       block_m, block_n: the output tile of a CTA.
       num_stages: depth of the shared-memory ring; a stage holds one 128-block of K of both operands.
       num_consumers: warpgroups that multiply (one more warpgroup loads).
-      swap_ab: put rhs on wgmma's M side (64 rows an instruction) and lhs, the tokens, on its N side (steps of
-        8).
+      swap_ab: put rhs on wgmma's M side (64 rows an instruction) and lhs, the tokens, on its N side (8).
       cluster_m, cluster_n: CTAs of a cluster along M (they share the rhs tile) and N (the lhs tile) by
         multicast.
       split_k: CTAs of a cluster that share one output tile, each with a part of K, summed through distributed
         shared memory in a fixed order.
-      raster_group: cluster tiles along M in a band; a band is walked M first, so that its operands stay in
-        L2.
+      raster_group: cluster tiles along M in a band; a band is walked M first: its operands stay in L2.
       out_buffers: chunks of output that a consumer may have on the way to global memory.
       partials: products of 64 rows with one block of K that a consumer has in flight, each in registers of
         its own.

@@ -1,13 +1,13 @@
-"""What a configuration costs: a model of the kernel's time that has to rank configurations, not to predict
-them.
+"""What a configuration costs: a model of the kernel's time that has to rank configurations, not to predict.
 
 The kernel is a row of waves. In a wave every CTA walks the K blocks of one tile, and a K block takes as long
 as the slowest of the three that work on it at the same time:
 
-  math    the tensor cores, which all consumers of an SM share, or one consumer's own chain: multiply, then
-  promote; l2      both operands' tiles from L2 through the SM's port (a multicast tile counts once per
-  cluster in L2); memory  the wave's share of what must come from HBM, limited by HBM and by the bytes that
-  the rings keep in flight.
+  math    the tensor cores, which all consumers of an SM share, or one consumer's own chain of multiplying and
+          promoting;
+  l2      both operands' tiles from L2 through the SM's port (a multicast tile leaves L2 once per cluster);
+  memory  the wave's share of what must come from HBM, limited by HBM, by what one SM takes, and by the bytes
+          that the rings keep in flight.
 
 To the waves come the epilogue of each, the start of the kernel, and split-K's reduction; and the whole can be
 no faster than the power limit lets the tensor cores run.
