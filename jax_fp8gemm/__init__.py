@@ -1,0 +1,19 @@
+"""FP8 GEMMs with block scales for JAX, on hand-written Hopper kernels."""
+
+
+from jax_fp8gemm.gemm import fp8_gemm
+from jax_fp8gemm.primitives import export_checks, save_gemms
+from jax_fp8gemm.quantize import dequantize, quantize
+from jax_fp8gemm.scaling import ScaledArray, register_flax_serialization
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScaledArray",
+    "dequantize",
+    "export_checks",
+    "fp8_gemm",
+    "quantize",
+    "register_flax_serialization",
+    "save_gemms",
+]

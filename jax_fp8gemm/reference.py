@@ -1,0 +1,127 @@
+"""The meaning of every operation in plain jnp: the oracle, and what runs on anything but Hopper.
+
+`quantize` and `dequantize` are defined to the bit, on every platform, and a kernel must match them. `gemm` is
+defined up to the rounding of sums: it promotes every 128-block of K with its scales, in K order, as the Hopper
+kernel does, but sums the 128 products of a block in f32, in an order that XLA chooses. Hopper's tensor cores
+keep 13 fraction bits there. tests/emulator.py models the kernel's own bits, and tests/bounds.py derives how far
+from exact they can be.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, ceil_div
+
+# The smallest scale: the product of two is still a normal f32.
+MIN_SCALE = 2.0**-63
+
+
+def quantize(x, *, granularity, dtype):
+    """x [*, R, C] -> values [*, R, C] of FP8 `dtype`, scales [*, ceil(R/rows), ceil(C/columns)] f32.
+
+    In f32, with rn() the rounding to nearest even and amax over a block's finite elements:
+
+        scale  = max(rn(amax * rn(1 / max_float8)), MIN_SCALE)
+        values = rn_float8(rn(x * rn(1 / scale)));  NaN where x is not finite
+
+    NOTES: no division is left to XLA, which turns one by a constant into a product under jit alone, and gives
+    another quotient on a GPU (2 ulp off) than on a CPU.
+    """
+    info = jnp.finfo(dtype)
+    blocks = _to_blocks(x.astype(jnp.float32), granularity)
+    finite = jnp.isfinite(blocks)
+    amax = jnp.where(finite, jnp.abs(blocks), 0).max(axis=(-3, -1))
+    scales = jnp.maximum(amax * jnp.float32(1 / float(info.max)), jnp.float32(MIN_SCALE))
+    scaled = jnp.where(finite, blocks * _per_block(_reciprocal(scales)), jnp.nan)
+    return _from_blocks(_round_to_float8(scaled, info).astype(dtype), x.shape), scales
+
+
+def dequantize(values, scales, granularity):
+    """values [*, R, C], scales [*, ceil(R/rows), ceil(C/columns)] -> rn(values * scales) [*, R, C] f32."""
+    blocks = _to_blocks(values.astype(jnp.float32), granularity)
+    return _from_blocks(blocks * _per_block(scales), values.shape)
+
+
+def gemm(lhs, lhs_scale, rhs, rhs_scale, accumulator=None, *, out_dtype):
+    """lhs [B, M, K] x rhs [B, N, K] -> [B, M, N]; a leading axis of 1 is shared by the batch.
+
+    In f32, one 128-block of K after the other, and each operand is widened to f32 one block at a time:
+
+        out = out + (lhs_scale * rhs_scale) * (lhs @ rhs.T of the block)
+
+    then `accumulator` [B, M, N] f32, if given, is added, and the result rounded once to out_dtype.
+    lhs_scale is [B, M, ceil(K/128)]; rhs_scale has one row per row or per 128 rows of rhs.
+    """
+    (lhs_batch, m, k), (rhs_batch, n, _) = lhs.shape, rhs.shape
+    rhs_scale_rows = rows_per_scale(rhs, rhs_scale)
+    padding = ((0, 0), (0, 0), (0, -k % SCALE_BLOCK))
+    lhs, rhs = jnp.pad(lhs, padding), jnp.pad(rhs, padding)
+
+    def block(k_block):
+        take_values = lambda x: lax.dynamic_slice_in_dim(x, k_block * SCALE_BLOCK, SCALE_BLOCK, axis=2)
+        take_scales = lambda x: lax.dynamic_index_in_dim(x, k_block, axis=2, keepdims=False)
+        lhs_block, rhs_block = (take_values(x).astype(jnp.float32) for x in (lhs, rhs))
+        part = jnp.matmul(lhs_block, rhs_block.mT, precision=lax.Precision.HIGHEST)
+        columns = jnp.repeat(take_scales(rhs_scale), rhs_scale_rows, axis=1)[:, None, :n]
+        return take_scales(lhs_scale)[:, :, None] * columns * part
+
+    if k == 0:
+        out = jnp.zeros((max(lhs_batch, rhs_batch), m, n), jnp.float32)
+    else:
+        out = lax.fori_loop(1, ceil_div(k, SCALE_BLOCK), lambda k_block, out: out + block(k_block), block(0))
+    return (out if accumulator is None else accumulator + out).astype(out_dtype)
+
+
+def rows_per_scale(values, scales):
+    """1 or 128: how many rows of [B, R, C] values share a row of scales (1 where both are true: R = 1)."""
+    return 1 if scales.shape[1] == values.shape[1] else SCALE_BLOCK
+
+
+def _to_blocks(x, granularity):
+    """[*, R, C] -> [*, ceil(R/rows), rows, ceil(C/columns), columns], filled up with zeros."""
+    *leading, rows, columns = x.shape
+    num_rows, num_columns = map(ceil_div, (rows, columns), granularity)
+    padding = (0, num_rows * granularity[0] - rows), (0, num_columns * granularity[1] - columns)
+    x = jnp.pad(x, (*[(0, 0)] * len(leading), *padding))
+    return x.reshape(*leading, num_rows, granularity[0], num_columns, granularity[1])
+
+
+def _per_block(scales):
+    """[*, R/rows, C/columns] -> [*, R/rows, 1, C/columns, 1], to go with _to_blocks."""
+    return scales[..., :, None, :, None]
+
+
+def _from_blocks(blocks, shape):
+    """The inverse of _to_blocks."""
+    *leading, num_rows, rows, num_columns, columns = blocks.shape
+    return blocks.reshape(*leading, num_rows * rows, num_columns * columns)[..., : shape[-2], : shape[-1]]
+
+
+def _reciprocal(x):
+    """1 / x rounded to nearest, for normal f32 0 < x <= 2^126, whatever the platform's division does."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    exponent, significand = bits >> 23, bits & 0x7FFFFF | 0x800000
+    # 2^47 / significand, in (2^23, 2^24], is 1 / x but for a power of two. A quotient that is a few units off
+    # is mended by its remainder, which int32 holds exactly as it wraps around (2^47 is 0 there). A tie is
+    # impossible.
+    quotient = lax.round(2.0**47 / significand.astype(jnp.float32)).astype(jnp.int32)
+    remainder = -quotient * significand
+    for half in (1, 3, 5):
+        quotient += (2 * remainder > half * significand).astype(jnp.int32)
+        quotient -= (2 * remainder < -half * significand).astype(jnp.int32)
+    # quotient * 2^-24 * 2^(127 - exponent)
+    power = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    return quotient.astype(jnp.float32) * 2.0**-24 * power
+
+
+def _round_to_float8(x, info):
+    """x f32, below the overflow of the FP8 format, rounded to its nearest number, ties to even, in f32.
+
+    The cast to FP8 is then exact. XLA's own cast of other numbers may round twice, by way of f16.
+    """
+    subnormal_step = float(info.smallest_subnormal)
+    subnormal = lax.round(x * (1 / subnormal_step), lax.RoundingMethod.TO_NEAREST_EVEN) * subnormal_step
+    normal = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
