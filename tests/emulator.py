@@ -71,11 +71,14 @@ def gemm(lhs, lhs_scale, rhs, rhs_scale, *, accumulator=None, out_dtype=np.float
 
 
 def tensor_core(a, b, c=None):
-    """c + a @ b.T as a chain of instructions along K; a [M, K], b [N, K] FP8, c [M, N] f32 or None
-    (zeros).""" m, n = len(a), len(b) padding = ((0, 0), (0, -a.shape[1] % K_STEP)) a, b = (_decode(np.pad(x,
-    padding)) for x in (a, b)) out = np.zeros((m, n), np.float32) if c is None else np.array(c, np.float32)
-    special = ~np.isfinite(out) given, out = out, np.where(special, np.float32(0), out) for i in range(0, m,
-    _TILE_M):
+    """c + a @ b.T as a chain of instructions; a [M, K], b [N, K] of FP8, c [M, N] f32 or None (zeros)."""
+    m, n = len(a), len(b)
+    padding = ((0, 0), (0, -a.shape[1] % K_STEP))
+    a, b = (_decode(np.pad(x, padding)) for x in (a, b))
+    out = np.zeros((m, n), np.float32) if c is None else np.array(c, np.float32)
+    special = ~np.isfinite(out)
+    given, out = out, np.where(special, np.float32(0), out)
+    for i in range(0, m, _TILE_M):
         for j in range(0, n, _TILE_N):
             rows, columns = slice(i, i + _TILE_M), slice(j, j + _TILE_N)
             out[rows, columns] = _chain(a[:, rows], b[:, columns], out[rows, columns])
