@@ -1,0 +1,38 @@
+"""Eight fake CPU devices for every test; a Hopper GPU for those in tests/gpu.
+
+Without such a GPU the tests in tests/gpu are skipped; with JAX_FP8GEMM_REQUIRE_GPU=1 they fail instead.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+import pytest
+
+from jax_fp8gemm.primitives import HOPPER
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where the test's arrays live."""
+    if request.path.parent.name == "gpu":
+        yield _hopper()
+    else:
+        device = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(device):
+            yield device
+
+
+def _hopper():
+    gpu = next((d for d in jax.local_devices() if getattr(d, "compute_capability", None) == HOPPER), None)
+    if gpu is None:
+        refuse = pytest.fail if os.environ.get("JAX_FP8GEMM_REQUIRE_GPU") == "1" else pytest.skip
+        refuse(f"needs an NVIDIA Hopper GPU (compute capability {HOPPER}); JAX has {jax.local_devices()}")
+    return gpu
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
