@@ -140,30 +140,6 @@ struct Partial {
   Scales<Config> scales;
 };
 
-// With two consumers, each issues its products while the other promotes: they take turns at the tensor core. Left alone
-// they fall into step, and the tensor core idles while both promote.
-template <class Config>
-struct Turns {
-  static constexpr bool kTaken = Config::kOrdered;
-  static constexpr u32 kFirstBarrier = 1 + Config::kNumConsumers;
-  static constexpr u32 kThreads = 2 * kWarpgroup;
-
-  // The first turn is the first warpgroup's.
-  __device__ static void begin(int warpgroup) {
-    if (kTaken && warpgroup == 1) ptx::named_barrier_arrive(kFirstBarrier, kThreads);
-  }
-  __device__ static void wait(int warpgroup) {
-    if (kTaken) ptx::named_barrier(kFirstBarrier + warpgroup, kThreads);
-  }
-  __device__ static void pass(int warpgroup) {
-    if (kTaken) ptx::named_barrier_arrive(kFirstBarrier + (warpgroup ^ 1), kThreads);
-  }
-  // Takes the turn that nobody will use.
-  __device__ static void end(int warpgroup) {
-    if (kTaken && warpgroup == 0) ptx::named_barrier(kFirstBarrier, kThreads);
-  }
-};
-
 // The sum over this CTA's part of K of one tile, for one warpgroup.
 //
 // A step is one 64-row product over one block of K. kPartials steps are started together, and each is promoted while the
@@ -205,14 +181,12 @@ struct Mainloop {
   __device__ void start(Partial<Config>& partial, int i) {
     if (i == 0) ahead.wait_full();
     partial.scales.load(ahead.shared, ahead.stage, at, n_start, warpgroup, i);
-    Turns<Config>::wait(warpgroup);
     ptx::wgmma_fence();
 #pragma unroll
     for (u32 k = 0; k < kBlockK / kMmaK; ++k)
       Config::wgmma(partial.fragment, p.at(ahead.stage * kStageP + i * kNextMma + k * (kMmaK / 16)),
                     q.at(ahead.stage * kStageQ + k * (kMmaK / 16)), k > 0);
     ptx::wgmma_commit();
-    Turns<Config>::pass(warpgroup);
     if (i == T::kNumMmaP - 1) {
       ahead.advance();
       ahead.peek_full();

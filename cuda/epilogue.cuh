@@ -17,8 +17,8 @@ __device__ __forceinline__ u32 swizzled(u32 row, u32 byte) {
   return offset ^ (offset >> 7 & kMask) << 4;
 }
 
-// One chunk of a warpgroup's output, written by its 128 threads: tokens are rows. `i` is the 64-row product, `c` the
-// chunk in it.
+// Writes the c-th chunk of a 64-row product: a warp its own 16 rows, or with swap_ab a warpgroup all of it, tokens as
+// rows.
 template <class Config, bool kSwapAB = Config::kSwapAB, int kOutBytes = Config::kOutBytes>
 struct ChunkWriter;
 
@@ -27,8 +27,7 @@ struct ChunkWriter<Config, false, 2> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
     constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
-    const u32 warp = warp_index() % 4, lane = lane_index();
-    const u32 row = warp * 16 + lane % 16, group = lane / 16;
+    const u32 row = lane_index() % 16, group = lane_index() / 16;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 2) {
       const float* f = &fragment[(c * kGroups + g) * 4];
@@ -47,7 +46,7 @@ struct ChunkWriter<Config, false, 4> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
     constexpr int kGroups = T::kChunkColumns / 8 > 0 ? T::kChunkColumns / 8 : 1;
-    const u32 row = warp_index() % 4 * 16 + lane_index() / 4, byte = lane_index() % 4 * 8;
+    const u32 row = lane_index() / 4, byte = lane_index() % 4 * 8;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const float* f = &fragment[(c * kGroups + g) * 4];
@@ -93,31 +92,44 @@ struct ChunkWriter<Config, true, 4> {
   }
 };
 
+// Those who write a chunk together: a warp, or with swap_ab a warpgroup.
+template <class Config>
+struct Writers {
+  static constexpr bool kWarpgroups = Config::kSwapAB;
+
+  __device__ static int index() { return kWarpgroups ? warp_index() / 4 : warp_index(); }
+  __device__ static bool is_leader() { return threadIdx.x % (kWarpgroups ? kWarpgroup : 32) == 0; }
+  __device__ static void sync() {
+    if constexpr (kWarpgroups)
+      ptx::named_barrier(1 + index(), kWarpgroup);
+    else
+      __syncwarp();
+  }
+};
+
 template <class Config>
 __device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
                                const Scheduler<Config>& scheduler, const TensorMap& map, int warpgroup) {
   using T = Tile<Config>;
-  const bool leader = threadIdx.x % kWarpgroup == 0;
-  const u32 barrier = 1 + warpgroup;
-  u8* buffers = shared.out + warpgroup * Config::kOutBuffers * T::kChunkBytes;
+  using W = Writers<Config>;
+  u8* buffers = shared.out + W::index() * Config::kOutBuffers * T::kChunkBytes;
+  const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16), q = T::warpgroup_q(warpgroup);
+  const int first_row = scheduler.m_start + (T::kSwapAB ? q : p), first_column = scheduler.n_start + (T::kSwapAB ? p : q);
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
     u8* chunk = buffers + index % Config::kOutBuffers * T::kChunkBytes;
-    if (leader) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer is done
-    ptx::named_barrier(barrier, kWarpgroup);
+    if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer
+    W::sync();
     ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c);
     ptx::fence_proxy_async();
-    ptx::named_barrier(barrier, kWarpgroup);
-    if (leader) {
-      const int p = T::warpgroup_p(warpgroup) + i * kMmaP, q = T::warpgroup_q(warpgroup);
-      const int row = scheduler.m_start + (T::kSwapAB ? q : p);
-      const int column = scheduler.n_start + (T::kSwapAB ? p : q) + c * T::kChunkColumns;
-      if (column < Config::kN) {
-        if constexpr (Config::kAccumulate)
-          ptx::tma_reduce_add(&map, chunk, column, row, scheduler.batch);
-        else
-          ptx::tma_store(&map, chunk, column, row, scheduler.batch);
-      }
+    W::sync();
+    if (W::is_leader()) {
+      const int row = first_row + (T::kSwapAB ? 0 : i * kMmaP);
+      const int column = first_column + (T::kSwapAB ? i * kMmaP : 0) + c * T::kChunkColumns;
+      if constexpr (Config::kAccumulate)
+        ptx::tma_reduce_add(&map, chunk, column, row, scheduler.batch);
+      else
+        ptx::tma_store(&map, chunk, column, row, scheduler.batch);
       ptx::tma_store_commit();
     }
   });
@@ -171,7 +183,7 @@ __device__ void write_partial(const Accumulators<Config>& accumulators, SharedSt
     }
 }
 
-// Four neighbouring columns; `whole` says that all of them exist and that their address is aligned.
+// Four neighbouring columns, of which `columns` exist.
 template <class Config>
 __device__ void store_four(void* out, i64 index, int columns, float4 v) {
   constexpr bool kWhole = Config::kN % 4 == 0 && !Config::kAccumulate;
@@ -188,32 +200,42 @@ __device__ void store_four(void* out, i64 index, int columns, float4 v) {
   }
 }
 
-// Each CTA of the cluster sums its share of the tile's rows over all of them, in the order of their parts of K.
+// Each CTA of the cluster sums its share of the tile's rows over all of them, in the order of their parts of K. The
+// others' shares of its own partial tile it sends to them; their barriers count what has come.
 template <class Config>
 __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
                                    const Scheduler<Config>& scheduler, void* out, int warpgroup) {
   using T = Tile<Config>;
-  constexpr int kFours = Config::kBlockN / 4, kRows = ceil_div(Config::kBlockM, Config::kSplitK);
-  constexpr int kPitch = SharedStorage<Config>::kPartialPitch;
+  using Shared = SharedStorage<Config>;
+  constexpr int kFours = Config::kBlockN / 4, kRows = Config::kBlockM / Config::kSplitK;
+  const int rank = scheduler.rank;
   ptx::named_barrier(1, T::kNumConsumerThreads);  // the other warpgroups still read the operands
   write_partial<Config>(accumulators, shared, warpgroup);
-  ptx::cluster_sync();
-  const int first_row = scheduler.rank * kRows;
+  ptx::fence_proxy_async();
+  ptx::named_barrier(1, T::kNumConsumerThreads);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect_bytes(&shared.received, Shared::kReceived);
+    for (int cta = 0; cta < Config::kSplitK; ++cta)
+      if (cta != rank)
+        ptx::copy_to_cta(shared.received_from(rank - (rank > cta)), shared.partial() + cta * Shared::kSharePitch,
+                         Shared::kSharePitch * 4, &shared.received, cta);
+  }
+  ptx::mbarrier_wait(&shared.received, 0);
+  const float* own = shared.partial() + rank * Shared::kSharePitch;
   const i64 m = scheduler.m;
   for (int index = threadIdx.x; index < kRows * kFours; index += T::kNumConsumerThreads) {
-    const int tile_row = first_row + index / kFours, tile_column = index % kFours * 4;
-    const i64 row = scheduler.m_start + tile_row;
+    const int share_row = index / kFours, tile_column = index % kFours * 4;
+    const i64 row = scheduler.m_start + rank * kRows + share_row;
     const int column = scheduler.n_start + tile_column;
-    if (tile_row >= Config::kBlockM || row >= m || column >= Config::kN) continue;
-    const u32 address = shared_address(&shared.partial()[tile_row * kPitch + tile_column]);
-    float4 parts[Config::kSplitK];
+    if (row >= m || column >= Config::kN) continue;
+    const int place = share_row * Shared::kPartialPitch + tile_column;
+    float4 sum = *reinterpret_cast<const float4*>(&(rank == 0 ? own : shared.received_from(0))[place]);
 #pragma unroll
-    for (int s = 0; s < Config::kSplitK; ++s) parts[s] = ptx::load_remote(address, s);
-    float4 sum = parts[0];
-#pragma unroll
-    for (int s = 1; s < Config::kSplitK; ++s) {
-      sum.x = __fadd_rn(sum.x, parts[s].x), sum.y = __fadd_rn(sum.y, parts[s].y);
-      sum.z = __fadd_rn(sum.z, parts[s].z), sum.w = __fadd_rn(sum.w, parts[s].w);
+    for (int part = 1; part < Config::kSplitK; ++part) {
+      const float* source = part == rank ? own : shared.received_from(part - (part > rank));
+      const float4 term = *reinterpret_cast<const float4*>(&source[place]);
+      sum.x = __fadd_rn(sum.x, term.x), sum.y = __fadd_rn(sum.y, term.y);
+      sum.z = __fadd_rn(sum.z, term.z), sum.w = __fadd_rn(sum.w, term.w);
     }
     store_four<Config>(out, (scheduler.batch * m + row) * Config::kN + column, Config::kN - column, sum);
   }

@@ -32,7 +32,6 @@ __device__ void produce(SharedStorage<Config>& shared, const TensorMap& lhs_map,
     produce_scales<Config>(shared, lhs_scale, rhs_scale, m, num_batches);
   }
   __syncwarp();
-  if constexpr (Config::kSplitK > 1) ptx::cluster_sync();  // the partial sums are written: see the consumers
 }
 
 template <class Config>
@@ -41,7 +40,6 @@ __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map,
   const int warpgroup = warp_index() / 4;
   Pipeline<Config> pipeline(shared);
   Accumulators<Config> accumulators;
-  Turns<Config>::begin(warpgroup);
   if constexpr (Config::kSplitK > 1) {
     scheduler.next();  // a cluster has one tile: its ring becomes the partial sums
     accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
@@ -55,9 +53,8 @@ __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map,
         store_tile_direct<Config>(accumulators, scheduler, out, warpgroup);
     }
     if constexpr (Config::kTmaStore)  // shared memory lives until it has been read
-      if (threadIdx.x % kWarpgroup == 0) ptx::tma_store_wait_read<0>();
+      if (Writers<Config>::is_leader()) ptx::tma_store_wait_read<0>();
   }
-  Turns<Config>::end(warpgroup);
 }
 
 template <class Config>
@@ -75,9 +72,8 @@ __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const T
     Pipeline<Config>::init(shared);
   }
   if constexpr (T::kClusterSize > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
+    ptx::cluster_sync_relaxed();  // the barriers' own fence made them visible to the cluster
+  __syncthreads();
 
   if (warp_index() >= 4 * Config::kNumConsumers) {
     if constexpr (Config::kNumConsumers > 1) ptx::register_limit_lower<Registers<Config::kNumConsumers>::kProducer>();
@@ -86,8 +82,8 @@ __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const T
     if constexpr (Config::kNumConsumers > 1) ptx::register_limit_raise<Registers<Config::kNumConsumers>::kConsumer>();
     consume<Config>(shared, out_map, out, m, num_batches);
   }
-  // Other CTAs of the cluster may still write to this one's shared memory, arrive at its barriers or read its sums.
-  if constexpr (T::kClusterSize > 1) ptx::cluster_sync();
+  // Other CTAs of the cluster may still write to this one's shared memory, arrive at its barriers or be sent its sums.
+  if constexpr (T::kClusterSize > 1) ptx::cluster_sync_relaxed();
 }
 
 }  // namespace fp8gemm

@@ -2,6 +2,7 @@
 //
 //   full[s]   completed by the bytes of both operands and the scales of stage s; consumers wait for it
 //   empty[s]  completed by every consumer warp, of every CTA that a multicast writes to; producers wait for it
+//   received  completed once by the partial sums of the cluster's other CTAs (split-K)
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -29,6 +30,7 @@ struct Pipeline {
       ptx::mbarrier_init(&shared.full[s], 1 + kScaleLoaderThreads);
       ptx::mbarrier_init(&shared.empty[s], Config::kNumConsumers * 4 * kMulticastCtas);
     }
+    ptx::mbarrier_init(&shared.received, 1);
     ptx::fence_mbarrier_init();
   }
 

@@ -28,17 +28,23 @@ struct Scheduler {
     rank = kClusterSize > 1 ? ptx::cluster_cta_rank() : 0;
   }
 
+  // Divisions by numbers that the compiler does not know take hundreds of cycles, in which nobody computes: there are
+  // none but for a batch and for the last, narrower band.
   __device__ bool next() {
     if (next_tile >= num_tiles) return false;
     const u32 tiles_per_batch = tiles_m * kTilesN;
-    const u32 tile = next_tile % tiles_per_batch;
-    const u32 tiles_per_band = Config::kRasterGroup * kTilesN;
-    const u32 band_start = tile / tiles_per_band * Config::kRasterGroup;
-    const u32 band_size = min(tiles_m - band_start, static_cast<u32>(Config::kRasterGroup));
-    const u32 index = tile % tiles_per_band;
-    batch = next_tile / tiles_per_batch;
-    m_start = (band_start + index % band_size) * kClusterTileM;
-    n_start = index / band_size * kClusterTileN;
+    batch = next_tile < tiles_per_batch ? 0 : next_tile / tiles_per_batch;
+    const u32 tile = next_tile - batch * tiles_per_batch;
+    constexpr u32 kTilesPerBand = Config::kRasterGroup * kTilesN;
+    const u32 band_start = tile / kTilesPerBand * Config::kRasterGroup, index = tile % kTilesPerBand;
+    const u32 band_size = tiles_m - band_start;
+    u32 tile_m = index % Config::kRasterGroup, tile_n = index / Config::kRasterGroup;
+    if (band_size < Config::kRasterGroup) {
+      tile_n = band_size == 1 ? index : index / band_size;
+      tile_m = index - tile_n * band_size;
+    }
+    m_start = (band_start + tile_m) * kClusterTileM;
+    n_start = tile_n * kClusterTileN;
     if constexpr (Config::kClusterM > 1) m_start += rank * Config::kBlockM;
     if constexpr (Config::kClusterN > 1) n_start += rank * Config::kBlockN;
     next_tile += gridDim.x / kClusterSize;

@@ -42,12 +42,14 @@ struct Tile {
   static constexpr bool kRhsPerRow = Config::kRhsScaleRows == 1;
   static constexpr int kRhsScales = kRhsPerRow ? Config::kBlockN : 4;
 
-  // The output travels in chunks: 64 rows by up to 128 bytes, or with swap_ab all tokens by 128 bytes.
+  // The output travels in chunks of up to 128 bytes a row: 16 rows of a warp, or with swap_ab the tokens of a
+  // warpgroup.
   static constexpr int kOutBytes = Config::kOutBytes;
   static constexpr int kChunkRowBytes = kSwapAB ? 128 : min_of(128, gcd(kWarpgroupQ * kOutBytes, 128));
   static constexpr int kChunkColumns = kChunkRowBytes / kOutBytes;
-  static constexpr int kChunkRows = kSwapAB ? kWarpgroupQ : kMmaP;
+  static constexpr int kChunkRows = kSwapAB ? kWarpgroupQ : kMmaP / 4;
   static constexpr int kChunkBytes = kChunkRows * kChunkRowBytes;
+  static constexpr int kNumWriters = Config::kNumConsumers * (kSwapAB ? 1 : 4);
   static constexpr int kChunksPerMma = (kSwapAB ? kMmaP : kWarpgroupQ) / kChunkColumns;
 };
 

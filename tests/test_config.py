@@ -31,7 +31,6 @@ LEGAL = GemmConfig(128, 128, 6, out_buffers=1)
     (dict(split_k=2, cluster_m=2), "split-K and multicast both need the cluster"),
     (dict(split_k=2, num_stages=2), "the partial tile does not fit into 2 stages: it takes 3"),
     (dict(block_m=256, partials=3), "partials 3 is no multiple of a consumer's 2 products for a block of K"),
-    (dict(num_consumers=1, ordered=True), "ordered takes 2 consumers, not 1"),
     (dict(partials=3, block_n=112), "about 268 registers a thread, above 232"),
     (dict(block_n=256), "about 300 registers a thread, above 232"),
     (dict(block_m=192, num_consumers=3, num_stages=4), "about 168 registers a thread, above 152"),

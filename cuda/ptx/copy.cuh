@@ -51,6 +51,18 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// Copies to another CTA of the cluster, where `destination` means the same place, and counts the bytes at its `barrier`.
+__device__ __forceinline__ void copy_to_cta(void* destination, const void* source, u32 bytes, u64* barrier,
+                                            u32 cta_rank) {
+  asm volatile(
+      "{ .reg .b32 remote, remote_barrier;"
+      " mapa.shared::cluster.u32 remote, %0, %4; mapa.shared::cluster.u32 remote_barrier, %3, %4;"
+      " cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, [remote_barrier]; }" ::
+          "r"(shared_address(destination)),
+      "r"(shared_address(source)), "r"(bytes), "r"(shared_address(barrier)), "r"(cta_rank)
+      : "memory");
+}
+
 // Four bytes, or zero where `valid` is false.
 __device__ __forceinline__ void cp_async_4(void* destination, const void* source, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(destination)), "l"(source),

@@ -13,32 +13,16 @@ __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Counts this warp's threads at a named barrier without waiting.
-__device__ __forceinline__ void named_barrier_arrive(u32 id, u32 threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ u32 cluster_cta_rank() {
   u32 rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// All threads of all CTAs of the cluster; writes before it are visible after it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Four floats from the shared memory of another CTA of the cluster, where `address` means the same place.
-__device__ __forceinline__ float4 load_remote(u32 address, u32 cta_rank) {
-  float4 v;
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;"
-      " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(cta_rank)
-      : "memory");
-  return v;
+// All threads of all CTAs of the cluster, without a promise about memory: a release at cluster scope would compile to a
+// fence of all of it.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 template <int kRegisters>

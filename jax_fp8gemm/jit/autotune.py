@@ -63,10 +63,9 @@ def autotune(problems: Iterable[GemmProblem], *, num_candidates: int = 24, num_r
 
 
 def _candidates(problem: GemmProblem, device: Device, count: int) -> list[GemmConfig]:
-    """Today's choice and the model's best, each with and without turns, of which the model knows nothing."""
+    """Today's choice and the model's best."""
     configs = [choose(problem, device).config, *(config for config, _ in ranked(problem, device)[:count])]
-    turns = [dataclasses.replace(config, ordered=not config.ordered) for config in configs]
-    return [c for c in dict.fromkeys([*configs, *turns]) if rejection(problem, c, device) is None]
+    return list(dict.fromkeys(configs))
 
 
 def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,

@@ -67,8 +67,7 @@ def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
     """`config` with other stages; `dataclasses.replace` is slow enough to show here."""
     return GemmConfig(
         config.block_m, config.block_n, stages, config.num_consumers, config.swap_ab, config.cluster_m,
-        config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials,
-        config.ordered)
+        config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials)
 
 
 def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:

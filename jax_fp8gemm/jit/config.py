@@ -11,18 +11,17 @@ import math
 
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, tile_pq, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, PARTIAL_PADDING, shared_bytes, tile_pq, warpgroup_tile
 
 MMA_Q = 8  # a wgmma's N side comes in steps of this
 MAX_BLOCK = 256  # rows that one copy into shared memory moves, and columns of a wgmma
-PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
 MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
 
 LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg
 # leaves a consumer thread for a given number of consumer warpgroups.
-OTHER_REGISTERS = 40
+OTHER_REGISTERS = {1: 40, 2: 40, 3: 24}  # three leave the compiler less to hoist
 MAX_REGISTERS = {1: 240, 2: 232, 3: 152}
 
 
@@ -43,7 +42,6 @@ class GemmConfig:
       out_buffers: chunks of output that a consumer may have on the way to global memory.
       partials: products of 64 rows with one block of K that a consumer has in flight, each in registers of
         its own.
-      ordered: two consumers take turns at the tensor core.
     """
 
     block_m: int
@@ -57,7 +55,6 @@ class GemmConfig:
     raster_group: int = 8
     out_buffers: int = 2
     partials: int = 1
-    ordered: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.block_m}x{self.block_n}", f"stages {self.num_stages}",
@@ -66,8 +63,6 @@ class GemmConfig:
             parts.append("swap-AB")
         if self.partials > 1:
             parts.append(f"partials {self.partials}")
-        if self.ordered:
-            parts.append("ordered")
         if self.cluster_m * self.cluster_n > 1:
             parts.append(f"cluster {self.cluster_m}x{self.cluster_n}")
         if self.split_k > 1:
@@ -112,7 +107,7 @@ def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
         scales = q // 4
     else:
         scales = 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
-    return (p // MMA_P + config.partials) * (q // 2) + scales + OTHER_REGISTERS
+    return (p // MMA_P + config.partials) * (q // 2) + scales + OTHER_REGISTERS[config.num_consumers]
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -147,8 +142,6 @@ def _order_rejection(config: GemmConfig) -> str | None:
     if config.partials > 1 and config.partials % num_products:
         return (f"partials {config.partials} is no multiple of a consumer's {num_products} products for a "
                 "block of K")
-    if config.ordered and config.num_consumers != 2:
-        return f"ordered takes 2 consumers, not {config.num_consumers}"
     return None
 
 

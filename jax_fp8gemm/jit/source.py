@@ -47,7 +47,6 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
         "RasterGroup": config.raster_group,
         "OutBuffers": config.out_buffers,
         "Partials": config.partials,
-        "Ordered": config.ordered,
         "OutBytes": problem.out_item_bytes,
         "TmaStore": problem.out_is_tma_aligned,
         "Accumulate": problem.accumulate,

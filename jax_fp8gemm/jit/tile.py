@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jax_fp8gemm.jit.config import GemmConfig
 
 MMA_P = 64  # rows of a wgmma's M side
+WARPS = 4  # of a warpgroup
+PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
 _STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
 
 
@@ -39,18 +41,22 @@ def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
     _, q = warpgroup_tile(config)
     if config.swap_ab:
         return q, 128
-    return MMA_P, math.gcd(q * problem.out_item_bytes, 128)
+    return MMA_P // WARPS, math.gcd(q * problem.out_item_bytes, 128)
 
 
 def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
     """Shared memory of a CTA, in bytes: `SharedStorage` in cuda/smem.cuh."""
     stage = (config.block_m + config.block_n) * SCALE_BLOCK
-    staging = 1
-    if problem.out_is_tma_aligned and config.split_k == 1:
+    out = 1
+    if config.split_k > 1:
+        share = config.block_m // config.split_k * (config.block_n + PARTIAL_PADDING) * 4
+        out = (config.split_k - 1) * share
+    elif problem.out_is_tma_aligned:
         rows, row_bytes = out_chunk(problem, config)
-        staging = config.num_consumers * config.out_buffers * rows * row_bytes
+        writers = config.num_consumers * (1 if config.swap_ab else WARPS)
+        out = writers * config.out_buffers * rows * row_bytes
     rhs_scales = config.block_n if problem.rhs_scale_rows == 1 else 4
     scales = config.num_stages * 4 * (config.block_m + rhs_scales)
-    barriers = config.num_stages * 2 * 8
-    total = _round_up(config.num_stages * stage + staging, 16) + scales + barriers
+    barriers = (config.num_stages * 2 + 1) * 8
+    total = _round_up(config.num_stages * stage + out, 16) + scales + barriers
     return _round_up(total, _STAGE_ALIGNMENT)
