@@ -25,9 +25,9 @@ struct ChunkWriter;
 template <class Config>
 struct ChunkWriter<Config, false, 2> {
   using T = Tile<Config>;
-  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
     constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
-    const u32 row = lane_index() % 16, group = lane_index() / 16;
+    const u32 row = lane % 16, group = lane / 16;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 2) {
       const float* f = &fragment[(c * kGroups + g) * 4];
@@ -44,9 +44,9 @@ struct ChunkWriter<Config, false, 2> {
 template <class Config>
 struct ChunkWriter<Config, false, 4> {
   using T = Tile<Config>;
-  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
     constexpr int kGroups = T::kChunkColumns / 8 > 0 ? T::kChunkColumns / 8 : 1;
-    const u32 row = lane_index() / 4, byte = lane_index() % 4 * 8;
+    const u32 row = lane / 4, byte = lane % 4 * 8;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const float* f = &fragment[(c * kGroups + g) * 4];
@@ -59,9 +59,9 @@ struct ChunkWriter<Config, false, 4> {
 template <class Config>
 struct ChunkWriter<Config, true, 2> {
   using T = Tile<Config>;
-  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int) {
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int, u32 lane) {
     constexpr int kGroups = T::kWarpgroupQ / 8;  // of eight tokens
-    const u32 warp = warp_index() % 4, lane = lane_index();
+    const u32 warp = warp_index() % 4;
     const u32 token = lane / 16 * 8 + lane % 8, byte = warp * 32 + lane / 8 % 2 * 16;
 #pragma unroll
     for (int g = 0; g + 1 < kGroups; g += 2) {
@@ -80,8 +80,8 @@ struct ChunkWriter<Config, true, 2> {
 template <class Config>
 struct ChunkWriter<Config, true, 4> {
   using T = Tile<Config>;
-  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c) {
-    const u32 warp = warp_index() % 4, lane = lane_index();
+  __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
+    const u32 warp = warp_index() % 4;
     const u32 byte = (warp % 2 * 16 + lane / 4) * 4, token = lane % 4 * 2;
     if (warp / 2 != c) return;  // a chunk holds 32 of the 64 columns: two warps' worth
 #pragma unroll
@@ -112,6 +112,7 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedS
                                const Scheduler<Config>& scheduler, const TensorMap& map, int warpgroup) {
   using T = Tile<Config>;
   using W = Writers<Config>;
+  const u32 lane = lane_index_here();
   u8* buffers = shared.out + W::index() * Config::kOutBuffers * T::kChunkBytes;
   const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16), q = T::warpgroup_q(warpgroup);
   const int first_row = scheduler.m_start + (T::kSwapAB ? q : p), first_column = scheduler.n_start + (T::kSwapAB ? p : q);
@@ -120,7 +121,7 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedS
     u8* chunk = buffers + index % Config::kOutBuffers * T::kChunkBytes;
     if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer
     W::sync();
-    ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c);
+    ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c, lane);
     ptx::fence_proxy_async();
     W::sync();
     if (W::is_leader()) {

@@ -44,6 +44,14 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffff, sta
 
 __device__ __forceinline__ u32 lane_index() { return threadIdx.x % 32; }
 
+// The same, read where it stands: what follows from it is computed here, and not ahead of time in a loop that has no
+// registers and no issue slots to spare.
+__device__ __forceinline__ u32 lane_index_here() {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // True in one lane of a converged warp; the compiler knows that the branch is uniform.
 __device__ __forceinline__ bool elect_one() {
   u32 elected;
