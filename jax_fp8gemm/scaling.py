@@ -105,6 +105,12 @@ class ScaledArray:
         return array
 
 
+jax.export.register_pytree_node_serialization(
+    ScaledArray, serialized_name="jax_fp8gemm.ScaledArray",
+    serialize_auxdata=lambda granularity: bytes(granularity),
+    deserialize_auxdata=lambda data: tuple(data))
+
+
 def scale_shape(shape: tuple[int, ...], granularity: tuple[int, int]) -> tuple[int, ...]:
     """The shape of the scales of values of `shape`: [*, R, C] -> [*, ceil(R/rows), ceil(C/columns)]."""
     *leading, rows, columns = shape

@@ -132,7 +132,8 @@ def test_vmap_with_an_accumulator(rng, axes):
     out = jax.vmap(lambda x, w, a: fp8_gemm(x, w, out_dtype=jnp.float32, accumulator=a), axes)(
         lhs, rhs, accumulator)
     for i in range(3):
-        a, b, c = (x if axis is None else at(x, i) for x, axis in zip((lhs, rhs, accumulator), axes, strict=True))
+        a, b, c = (x if axis is None else at(x, i)
+                   for x, axis in zip((lhs, rhs, accumulator), axes, strict=True))
         assert_within_bound(out[i], a, b, accumulator=c)
 
 

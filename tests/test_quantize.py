@@ -1,4 +1,4 @@
-"""quantize and dequantize: every bit against numpy, under jit and outside of it, and the documented corners."""
+"""quantize and dequantize: every bit against numpy, jitted and not, and the documented corners."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def numpy_quantize(x, granularity, dtype):
     rows, columns = (-(-size // block) for size, block in zip(x.shape, granularity, strict=True))
     amax = np.zeros((rows, columns), np.float32)
     for i, j in np.ndindex(rows, columns):
-        block = x[i * granularity[0] : (i + 1) * granularity[0], j * granularity[1] : (j + 1) * granularity[1]]
-        amax[i, j] = np.abs(block).max()
+        row, column = i * granularity[0], j * granularity[1]
+        amax[i, j] = np.abs(x[row : row + granularity[0], column : column + granularity[1]]).max()
     scales = np.maximum(amax * (np.float32(1) / largest), np.float32(MIN_SCALE))
     return (x * spread(np.float32(1) / scales, granularity, x.shape)).astype(dtype), scales
 
@@ -74,8 +74,8 @@ def test_error_is_half_a_step(rng, granularity, dtype):
     x = (rng.standard_normal((200, 500)) * np.exp(rng.uniform(-5, 5, (200, 500)))).astype(np.float32)
     array = quantize(x, granularity, dtype)
     info = ml_dtypes.finfo(dtype)
-    half_step = np.maximum(np.abs(x) * 2.0 ** -(info.nmant + 1),
-                           spread(np.asarray(array.scales), granularity, x.shape) * info.smallest_subnormal / 2)
+    scales = spread(np.asarray(array.scales), granularity, x.shape)
+    half_step = np.maximum(np.abs(x) * 2.0 ** -(info.nmant + 1), scales * info.smallest_subnormal / 2)
     error = np.abs(np.asarray(dequantize(array, jnp.float32), np.float64) - x)
     assert np.all(error <= half_step * (1 + 2.0**-20))
     assert error.max() > 0
