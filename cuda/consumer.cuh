@@ -1,9 +1,9 @@
-// Takes stages from the ring: wgmma over one block of K into a partial sum, then promotion of the partial sum, with its
-// scales, into f32 accumulators on the CUDA cores. The second level is there because the tensor core keeps 13 bits
-// below the largest term of a sum.
+// Takes stages from the ring: wgmma over one block of K into a partial sum, then promotion of the partial
+// sum, with its scales, into f32 accumulators on the CUDA cores. The second level is there because the tensor
+// core keeps 13 bits below the largest term of a sum.
 //
-// A thread of a warpgroup holds, of each 64 x Q product, rows 16 w + l / 4 (+ 8) and columns 8 j + 2 (l % 4) (+ 1), for
-// its warp w and lane l: fragment[4 j + 0, 1] in the first row, [4 j + 2, 3] in the second.
+// A thread of a warpgroup holds, of each 64 x Q product, rows 16 w + l / 4 (+ 8) and columns 8 j + 2 (l % 4)
+// (+ 1), for its warp w and lane l: fragment[4 j + 0, 1] in the first row, [4 j + 2, 3] in the second.
 #pragma once
 
 #include "pipeline.cuh"
@@ -28,9 +28,11 @@ struct ThreadPlace {
 // Keeps what is computed from `value` behind this point.
 __device__ __forceinline__ void compute_from_here(float& value) { asm volatile("" : "+f"(value)); }
 
-// scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns, column 0, 1.
+// scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns,
+// column 0, 1.
 //
-// Scales are read before the products are issued, as issuing blocks while the tensor core is busy, and multiplied after
+// Scales are read before the products are issued, as issuing blocks while the tensor core is busy, and
+// multiplied after
 // (`prepare`), lest the products wait for them.
 //
 // Both sides per row: a product for each element.
@@ -40,7 +42,8 @@ struct Scales {
   float rows[2];
   float columns[T::kWarpgroupQ / 8][2];
 
-  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int, int mma) {
+  __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int,
+                       int mma) {
     const float* p_scale = kSwapAB ? shared.rhs_scale[stage] : shared.lhs_scale[stage];
     const float* q_scale = kSwapAB ? shared.lhs_scale[stage] : shared.rhs_scale[stage];
 #pragma unroll
@@ -57,11 +60,13 @@ struct Scales {
     compute_from_here(rows[1]);
   }
 
-  __device__ float operator()(int row, int j, int column) const { return __fmul_rn(rows[row], columns[j][column]); }
+  __device__ float operator()(int row, int j, int column) const {
+    return __fmul_rn(rows[row], columns[j][column]);
+  }
 };
 
-// Tokens in rows, weights in columns: one product per row and 128-block of columns. Where blocks begin is known at
-// compile time only if the tile is aligned to them.
+// Tokens in rows, weights in columns: one product per row and 128-block of columns. Where blocks begin is
+// known at compile time only if the tile is aligned to them.
 template <class Config>
 struct Scales<Config, false, false> {
   using T = Tile<Config>;
@@ -95,7 +100,7 @@ struct Scales<Config, false, false> {
   }
 
   __device__ float operator()(int row, int j, int) const {
-    const float(&scales)[kBlocks] = products[row];
+    const float (&scales)[kBlocks] = products[row];
     if constexpr (kBlocks == 1) return scales[0];
     if constexpr (kAligned) return scales[j * 8 / kScaleBlock];
     float scale = j * 8 < first_columns ? scales[0] : scales[1];
@@ -142,9 +147,10 @@ struct Partial {
 
 // The sum over this CTA's part of K of one tile, for one warpgroup.
 //
-// A step is one 64-row product over one block of K. kPartials steps are started together, and each is promoted while the
-// tensor core works on those after it. (Products in flight from one iteration of the loop to the next would fill the
-// gap between batches too, but then ptxas no longer sees which have finished and waits after every instruction.)
+// A step is one 64-row product over one block of K. kPartials steps are started together, and each is
+// promoted while the tensor core works on those after it. (Products in flight from one iteration of the loop
+// to the next would fill the gap between batches too, but then ptxas no longer sees which have finished and
+// waits after every instruction.)
 template <class Config>
 struct Mainloop {
   using T = Tile<Config>;
@@ -172,9 +178,15 @@ struct Mainloop {
     return Config::kSwapAB ? shared.lhs[0] : shared.rhs[0];
   }
 
-  __device__ Mainloop(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline, int warpgroup, int n_start)
-      : accumulators(accumulators), ahead(pipeline), behind(pipeline), warpgroup(warpgroup), n_start(n_start),
-        at(warpgroup), p(p_tile(pipeline.shared) + T::warpgroup_p(warpgroup) * kBlockK),
+  __device__ Mainloop(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline, int warpgroup,
+                      int n_start)
+      : accumulators(accumulators),
+        ahead(pipeline),
+        behind(pipeline),
+        warpgroup(warpgroup),
+        n_start(n_start),
+        at(warpgroup),
+        p(p_tile(pipeline.shared) + T::warpgroup_p(warpgroup) * kBlockK),
         q(q_tile(pipeline.shared) + T::warpgroup_q(warpgroup) * kBlockK) {}
 
   // Starts the product of the i-th 64 rows of P.
@@ -219,7 +231,8 @@ struct Mainloop {
 
     // One product at a time: everything, or the blocks that are no whole batch.
     const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
-    Partial<Config> partial;  // one for all products: the next must not be started before this one is promoted
+    Partial<Config>
+        partial;  // one for all products: the next must not be started before this one is promoted
     for (int k = 0; k < singles; ++k)
       unrolled<T::kNumMmaP>([&](auto i) {
         start(partial, i);

@@ -9,7 +9,8 @@
 
 namespace fp8gemm {
 
-// Byte offset of (row, byte) in a chunk as the copy engine lays it out: 16-byte units permuted within 128, 64 or 32.
+// Byte offset of (row, byte) in a chunk as the copy engine lays it out: 16-byte units permuted within 128, 64
+// or 32.
 template <int kRowBytes>
 __device__ __forceinline__ u32 swizzled(u32 row, u32 byte) {
   constexpr u32 kMask = kRowBytes / 16 - 1;
@@ -17,8 +18,8 @@ __device__ __forceinline__ u32 swizzled(u32 row, u32 byte) {
   return offset ^ (offset >> 7 & kMask) << 4;
 }
 
-// Writes the c-th chunk of a 64-row product: a warp its own 16 rows, or with swap_ab a warpgroup all of it, tokens as
-// rows.
+// Writes the c-th chunk of a 64-row product: a warp its own 16 rows, or with swap_ab a warpgroup all of it,
+// tokens as rows.
 template <class Config, bool kSwapAB = Config::kSwapAB, int kOutBytes = Config::kOutBytes>
 struct ChunkWriter;
 
@@ -26,7 +27,8 @@ template <class Config>
 struct ChunkWriter<Config, false, 2> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
-    constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
+    constexpr int kGroups =
+        T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
     const u32 row = lane % 16, group = lane / 16;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 2) {
@@ -36,7 +38,8 @@ struct ChunkWriter<Config, false, 2> {
       if constexpr (kGroups == 1)
         ptx::store_matrix_x2<false>(address, top, bottom);
       else
-        ptx::store_matrix_x4<false>(address, top, bottom, ptx::pack_bf16(f[4], f[5]), ptx::pack_bf16(f[6], f[7]));
+        ptx::store_matrix_x4<false>(address, top, bottom, ptx::pack_bf16(f[4], f[5]),
+                                    ptx::pack_bf16(f[6], f[7]));
     }
   }
 };
@@ -67,12 +70,13 @@ struct ChunkWriter<Config, true, 2> {
     for (int g = 0; g + 1 < kGroups; g += 2) {
       const float* f = &fragment[g * 4];
       ptx::store_matrix_x4<true>(chunk + swizzled<128>(g * 8 + token, byte), ptx::pack_bf16(f[0], f[1]),
-                                 ptx::pack_bf16(f[2], f[3]), ptx::pack_bf16(f[4], f[5]), ptx::pack_bf16(f[6], f[7]));
+                                 ptx::pack_bf16(f[2], f[3]), ptx::pack_bf16(f[4], f[5]),
+                                 ptx::pack_bf16(f[6], f[7]));
     }
     if constexpr (kGroups % 2) {
       const float* f = &fragment[(kGroups - 1) * 4];
-      ptx::store_matrix_x2<true>(chunk + swizzled<128>((kGroups - 1) * 8 + lane % 8, byte), ptx::pack_bf16(f[0], f[1]),
-                                 ptx::pack_bf16(f[2], f[3]));
+      ptx::store_matrix_x2<true>(chunk + swizzled<128>((kGroups - 1) * 8 + lane % 8, byte),
+                                 ptx::pack_bf16(f[0], f[1]), ptx::pack_bf16(f[2], f[3]));
     }
   }
 };
@@ -88,7 +92,8 @@ struct ChunkWriter<Config, true, 4> {
     for (int j = 0; j < T::kWarpgroupQ / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        ptx::store_shared(chunk + swizzled<128>(j * 8 + token + e % 2, byte + e / 2 * 32), fragment[4 * j + e]);
+        ptx::store_shared(chunk + swizzled<128>(j * 8 + token + e % 2, byte + e / 2 * 32),
+                          fragment[4 * j + e]);
   }
 };
 
@@ -114,12 +119,15 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedS
   using W = Writers<Config>;
   const u32 lane = lane_index_here();
   u8* buffers = shared.out + W::index() * Config::kOutBuffers * T::kChunkBytes;
-  const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16), q = T::warpgroup_q(warpgroup);
-  const int first_row = scheduler.m_start + (T::kSwapAB ? q : p), first_column = scheduler.n_start + (T::kSwapAB ? p : q);
+  const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16),
+            q = T::warpgroup_q(warpgroup);
+  const int first_row = scheduler.m_start + (T::kSwapAB ? q : p),
+            first_column = scheduler.n_start + (T::kSwapAB ? p : q);
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
     u8* chunk = buffers + index % Config::kOutBuffers * T::kChunkBytes;
-    if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer
+    if (W::is_leader())
+      ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer
     W::sync();
     ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c, lane);
     ptx::fence_proxy_async();
@@ -148,8 +156,8 @@ __device__ void store_element(void* out, i64 index, float value) {
 }
 
 template <class Config>
-__device__ void store_tile_direct(const Accumulators<Config>& accumulators, const Scheduler<Config>& scheduler,
-                                  void* out, int warpgroup) {
+__device__ void store_tile_direct(const Accumulators<Config>& accumulators,
+                                  const Scheduler<Config>& scheduler, void* out, int warpgroup) {
   using T = Tile<Config>;
   const ThreadPlace<Config> at(warpgroup);
   const i64 m = scheduler.m;
@@ -158,14 +166,16 @@ __device__ void store_tile_direct(const Accumulators<Config>& accumulators, cons
 #pragma unroll
     for (int e = 0; e < T::kFragment; ++e) {
       const int p = at.p + i * kMmaP + e / 2 % 2 * 8, q = at.q + e / 4 * 8 + e % 2;
-      const i64 row = scheduler.m_start + (T::kSwapAB ? q : p), column = scheduler.n_start + (T::kSwapAB ? p : q);
+      const i64 row = scheduler.m_start + (T::kSwapAB ? q : p),
+                column = scheduler.n_start + (T::kSwapAB ? p : q);
       if (row < m && column < Config::kN)
         store_element<Config>(out, (scheduler.batch * m + row) * Config::kN + column, accumulators[i][e]);
     }
 }
 
 template <class Config>
-__device__ void write_partial(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared, int warpgroup) {
+__device__ void write_partial(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
+                              int warpgroup) {
   using T = Tile<Config>;
   constexpr int kPitch = SharedStorage<Config>::kPartialPitch;
   const ThreadPlace<Config> at(warpgroup);
@@ -201,8 +211,8 @@ __device__ void store_four(void* out, i64 index, int columns, float4 v) {
   }
 }
 
-// Each CTA of the cluster sums its share of the tile's rows over all of them, in the order of their parts of K. The
-// others' shares of its own partial tile it sends to them; their barriers count what has come.
+// Each CTA of the cluster sums its share of the tile's rows over all of them, in the order of their parts of
+// K. The others' shares of its own partial tile it sends to them; their barriers count what has come.
 template <class Config>
 __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
                                    const Scheduler<Config>& scheduler, void* out, int warpgroup) {
@@ -218,8 +228,9 @@ __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, Sha
     ptx::mbarrier_arrive_expect_bytes(&shared.received, Shared::kReceived);
     for (int cta = 0; cta < Config::kSplitK; ++cta)
       if (cta != rank)
-        ptx::copy_to_cta(shared.received_from(rank - (rank > cta)), shared.partial() + cta * Shared::kSharePitch,
-                         Shared::kSharePitch * 4, &shared.received, cta);
+        ptx::copy_to_cta(shared.received_from(rank - (rank > cta)),
+                         shared.partial() + cta * Shared::kSharePitch, Shared::kSharePitch * 4,
+                         &shared.received, cta);
   }
   ptx::mbarrier_wait(&shared.received, 0);
   const float* own = shared.partial() + rank * Shared::kSharePitch;

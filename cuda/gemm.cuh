@@ -9,8 +9,8 @@
 
 namespace fp8gemm {
 
-// The 64K registers of a multiprocessor, divided by role; setmaxnreg takes multiples of eight. With one consumer the
-// launch bound alone leaves each thread its 255.
+// The 64K registers of a multiprocessor, divided by role; setmaxnreg takes multiples of eight. With one
+// consumer the launch bound alone leaves each thread its 255.
 template <int kNumConsumers>
 struct Registers;
 template <>
@@ -35,7 +35,8 @@ __device__ void produce(SharedStorage<Config>& shared, const TensorMap& lhs_map,
 }
 
 template <class Config>
-__device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map, void* out, u32 m, u32 num_batches) {
+__device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map, void* out, u32 m,
+                        u32 num_batches) {
   Scheduler<Config> scheduler(m, num_batches);
   const int warpgroup = warp_index() / 4;
   Pipeline<Config> pipeline(shared);
@@ -61,7 +62,8 @@ template <class Config>
 __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const TensorMap& out_map,
                      const float* lhs_scale, const float* rhs_scale, void* out, u32 m, u32 num_batches) {
   using T = Tile<Config>;
-  static_assert(sizeof(SharedStorage<Config>) == Config::kSharedBytes, "jit/config.py counts shared memory otherwise");
+  static_assert(sizeof(SharedStorage<Config>) == Config::kSharedBytes,
+                "jit/tile.py counts shared memory otherwise");
   extern __shared__ __align__(1024) u8 shared_bytes[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
 
@@ -76,13 +78,16 @@ __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const T
   __syncthreads();
 
   if (warp_index() >= 4 * Config::kNumConsumers) {
-    if constexpr (Config::kNumConsumers > 1) ptx::register_limit_lower<Registers<Config::kNumConsumers>::kProducer>();
+    if constexpr (Config::kNumConsumers > 1)
+      ptx::register_limit_lower<Registers<Config::kNumConsumers>::kProducer>();
     produce<Config>(shared, lhs_map, rhs_map, lhs_scale, rhs_scale, m, num_batches);
   } else {
-    if constexpr (Config::kNumConsumers > 1) ptx::register_limit_raise<Registers<Config::kNumConsumers>::kConsumer>();
+    if constexpr (Config::kNumConsumers > 1)
+      ptx::register_limit_raise<Registers<Config::kNumConsumers>::kConsumer>();
     consume<Config>(shared, out_map, out, m, num_batches);
   }
-  // Other CTAs of the cluster may still write to this one's shared memory, arrive at its barriers or be sent its sums.
+  // Other CTAs of the cluster may still write to this one's shared memory, arrive at its barriers or be sent
+  // its sums.
   if constexpr (T::kClusterSize > 1) ptx::cluster_sync_relaxed();
 }
 

@@ -1,5 +1,5 @@
-// Fills the ring: one thread drives the copy engine for the operands; one warp fetches the scales, whose rows are not
-// multiples of 16 bytes for every M and so are out of the copy engine's reach.
+// Fills the ring: one thread drives the copy engine for the operands; one warp fetches the scales, whose rows
+// are not multiples of 16 bytes for every M and so are out of the copy engine's reach.
 #pragma once
 
 #include "pipeline.cuh"
@@ -8,7 +8,8 @@
 
 namespace fp8gemm {
 
-// Loads this CTA's tile of an operand or, where `kCtas` CTAs of the cluster share the tile, its own part of it for all.
+// Loads this CTA's tile of an operand or, where `kCtas` CTAs of the cluster share the tile, its own part of
+// it for all.
 template <int kRows, int kCtas>
 __device__ void load_operand(u8* tile, const TensorMap& map, u64* full, int k, int row, int batch, u32 rank) {
   if constexpr (kCtas == 1) {
@@ -16,13 +17,14 @@ __device__ void load_operand(u8* tile, const TensorMap& map, u64* full, int k, i
   } else {
     constexpr int kPart = kRows / kCtas;
     static_assert(kPart % 8 == 0, "a part is a whole number of swizzled groups of eight rows");
-    ptx::tma_load_multicast(tile + rank * kPart * kBlockK, &map, full, k, row + rank * kPart, batch, (1 << kCtas) - 1);
+    ptx::tma_load_multicast(tile + rank * kPart * kBlockK, &map, full, k, row + rank * kPart, batch,
+                            (1 << kCtas) - 1);
   }
 }
 
 template <class Config>
-__device__ void produce_operands(SharedStorage<Config>& shared, const TensorMap& lhs_map, const TensorMap& rhs_map,
-                                 u32 m, u32 num_batches) {
+__device__ void produce_operands(SharedStorage<Config>& shared, const TensorMap& lhs_map,
+                                 const TensorMap& rhs_map, u32 m, u32 num_batches) {
   using T = Tile<Config>;
   Scheduler<Config> scheduler(m, num_batches);
   Pipeline<Config> pipeline(shared);
@@ -52,8 +54,8 @@ __device__ void load_row_scales(float (&destination)[kRows], const float* source
 
 // lhs_scale is [batch][K blocks][M]; rhs_scale [batch][N blocks][K blocks], or per row [batch][K blocks][N].
 template <class Config>
-__device__ void produce_scales(SharedStorage<Config>& shared, const float* lhs_scale, const float* rhs_scale, int m,
-                               u32 num_batches) {
+__device__ void produce_scales(SharedStorage<Config>& shared, const float* lhs_scale, const float* rhs_scale,
+                               int m, u32 num_batches) {
   using T = Tile<Config>;
   constexpr int kN = Config::kN, kNumKBlocks = T::kNumKBlocks, kNumNBlocks = ceil_div(kN, kScaleBlock);
   Scheduler<Config> scheduler(m, num_batches);
@@ -62,9 +64,12 @@ __device__ void produce_scales(SharedStorage<Config>& shared, const float* lhs_s
     const i64 lhs_batch = Config::kLhsBatched ? scheduler.batch : 0;
     const i64 rhs_batch = Config::kRhsBatched ? scheduler.batch : 0;
     const int n_block = scheduler.n_start / kScaleBlock + lane_index();
-    const float* lhs_row = lhs_scale + (lhs_batch * kNumKBlocks + scheduler.k_begin()) * m + scheduler.m_start;
-    const float* rhs_row = rhs_scale + (rhs_batch * kNumKBlocks + scheduler.k_begin()) * kN + scheduler.n_start;
-    const float* rhs_block = rhs_scale + (rhs_batch * kNumNBlocks + n_block) * kNumKBlocks + scheduler.k_begin();
+    const float* lhs_row =
+        lhs_scale + (lhs_batch * kNumKBlocks + scheduler.k_begin()) * m + scheduler.m_start;
+    const float* rhs_row =
+        rhs_scale + (rhs_batch * kNumKBlocks + scheduler.k_begin()) * kN + scheduler.n_start;
+    const float* rhs_block =
+        rhs_scale + (rhs_batch * kNumNBlocks + n_block) * kNumKBlocks + scheduler.k_begin();
     for (int k = scheduler.k_begin(); k < scheduler.k_end(); ++k, pipeline.advance()) {
       pipeline.wait_empty();
       load_row_scales(shared.lhs_scale[pipeline.stage], lhs_row, m - scheduler.m_start);

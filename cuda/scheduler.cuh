@@ -1,6 +1,6 @@
-// Which tile next. A cluster walks the tiles at its own index, then one grid of clusters further, and so on; every role
-// runs the same loop. Tiles are ordered in bands of kRasterGroup cluster tiles along M, M first within a band: the
-// band's lhs and the rhs tiles in flight stay in L2.
+// Which tile next. A cluster walks the tiles at its own index, then one grid of clusters further, and so on;
+// every role runs the same loop. Tiles are ordered in bands of kRasterGroup cluster tiles along M, M first
+// within a band: the band's lhs and the rhs tiles in flight stay in L2.
 #pragma once
 
 #include "ptx/sync.cuh"
@@ -28,8 +28,8 @@ struct Scheduler {
     rank = kClusterSize > 1 ? ptx::cluster_cta_rank() : 0;
   }
 
-  // Divisions by numbers that the compiler does not know take hundreds of cycles, in which nobody computes: there are
-  // none but for a batch and for the last, narrower band.
+  // Divisions by numbers that the compiler does not know take hundreds of cycles, in which nobody computes:
+  // there are none but for a batch and for the last, narrower band.
   __device__ bool next() {
     if (next_tile >= num_tiles) return false;
     const u32 tiles_per_batch = tiles_m * kTilesN;

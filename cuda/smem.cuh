@@ -1,4 +1,5 @@
-// The shared memory of a CTA, as a struct; README.md draws it. Its size is checked against what Python allocates.
+// The shared memory of a CTA, as a struct; README.md draws it. Its size is checked against what Python
+// allocates.
 #pragma once
 
 #include "tile.cuh"
@@ -11,9 +12,9 @@ struct alignas(1024) SharedStorage {
   static constexpr int kStages = Config::kNumStages;
   static constexpr bool kStaged = Config::kTmaStore && Config::kSplitK == 1;
 
-  // Split-K's partial sums: this CTA's, a tile in the place of the operands once those are consumed, and what the
-  // others of its cluster send of the rows that this CTA adds up. Rows are eight floats apart modulo 32, so that a
-  // warp's fragment of eight rows falls into different banks.
+  // Split-K's partial sums: this CTA's, a tile in the place of the operands once those are consumed, and what
+  // the others of its cluster send of the rows that this CTA adds up. Rows are eight floats apart modulo 32,
+  // so that a warp's fragment of eight rows falls into different banks.
   static constexpr int kPartialPitch = Config::kBlockN + 8;
   static constexpr int kSharePitch = Config::kBlockM / Config::kSplitK * kPartialPitch;  // floats
   static constexpr int kReceived = (Config::kSplitK - 1) * kSharePitch * 4;
@@ -26,7 +27,8 @@ struct alignas(1024) SharedStorage {
   // Tiles in the 128-byte swizzle repeat every 1024 bytes, so each starts at a multiple of that.
   alignas(1024) u8 lhs[kStages][T::kLhsBytes];
   alignas(1024) u8 rhs[kStages][T::kRhsBytes];
-  alignas(1024) u8 out[kOut > 0 ? kOut : 1];  // chunks on their way to global memory, or received partial sums
+  alignas(
+      1024) u8 out[kOut > 0 ? kOut : 1];  // chunks on their way to global memory, or received partial sums
   alignas(16) float lhs_scale[kStages][Config::kBlockM];
   alignas(16) float rhs_scale[kStages][T::kRhsScales];
   alignas(16) u64 full[kStages];

@@ -1,7 +1,7 @@
 // What follows from a configuration: how a tile is divided among warpgroups, instructions, scales and stores.
 //
-// wgmma multiplies 64 rows (its M side) by 8 to 256 (its N side). P is the operand on its M side and Q the one on its N
-// side: lhs and rhs, or with swap_ab, which suits few tokens, rhs and lhs.
+// wgmma multiplies 64 rows (its M side) by 8 to 256 (its N side). P is the operand on its M side and Q the
+// one on its N side: lhs and rhs, or with swap_ab, which suits few tokens, rhs and lhs.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -38,14 +38,15 @@ struct Tile {
   static constexpr int kNumThreads = (1 + Config::kNumConsumers) * kWarpgroup;
   static constexpr int kNumConsumerThreads = Config::kNumConsumers * kWarpgroup;
 
-  // Scales of rhs that a stage holds: one a row, or those of the at most three 128-blocks that a tile touches.
+  // Scales of rhs that a stage holds: one a row, or those of the at most three 128-blocks that a tile
+  // touches.
   static constexpr bool kRhsPerRow = Config::kRhsScaleRows == 1;
   static constexpr int kRhsScales = kRhsPerRow ? Config::kBlockN : 4;
 
   // The output travels in chunks of up to 128 bytes a row: 16 rows of a warp, or with swap_ab the tokens of a
   // warpgroup.
   static constexpr int kOutBytes = Config::kOutBytes;
-  static constexpr int kChunkRowBytes = kSwapAB ? 128 : min_of(128, gcd(kWarpgroupQ * kOutBytes, 128));
+  static constexpr int kChunkRowBytes = kSwapAB ? 128 : min_of(128, gcd(kWarpgroupQ* kOutBytes, 128));
   static constexpr int kChunkColumns = kChunkRowBytes / kOutBytes;
   static constexpr int kChunkRows = kSwapAB ? kWarpgroupQ : kMmaP / 4;
   static constexpr int kChunkBytes = kChunkRows * kChunkRowBytes;

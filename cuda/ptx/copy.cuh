@@ -10,17 +10,18 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 }
 
 // Fetches the box at (x, y, z), x innermost, and counts its bytes at `barrier`; out of bounds reads as zero.
-__device__ __forceinline__ void tma_load(void* destination, const TensorMap* map, u64* barrier, int x, int y, int z) {
+__device__ __forceinline__ void tma_load(void* destination, const TensorMap* map, u64* barrier, int x, int y,
+                                         int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(destination)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(destination)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 
 // The same into every CTA of the cluster that `cta_mask` names, at the same address and barrier in each.
-__device__ __forceinline__ void tma_load_multicast(void* destination, const TensorMap* map, u64* barrier, int x, int y,
-                                                   int z, u16 cta_mask) {
+__device__ __forceinline__ void tma_load_multicast(void* destination, const TensorMap* map, u64* barrier,
+                                                   int x, int y, int z, u16 cta_mask) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(destination)),
@@ -36,14 +37,18 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, const void* sour
 }
 
 // Adds a box to what is there, rounding each sum to nearest.
-__device__ __forceinline__ void tma_reduce_add(const TensorMap* map, const void* source, int x, int y, int z) {
-  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-                   map),
-               "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
-               : "memory");
+__device__ __forceinline__ void tma_reduce_add(const TensorMap* map, const void* source, int x, int y,
+                                               int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
+      : "memory");
 }
 
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // Waits until at most `kPending` groups of stores still read shared memory.
 template <int kPending>
@@ -51,14 +56,15 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Copies to another CTA of the cluster, where `destination` means the same place, and counts the bytes at its `barrier`.
+// Copies to another CTA of the cluster, where `destination` means the same place, and counts the bytes at its
+// `barrier`.
 __device__ __forceinline__ void copy_to_cta(void* destination, const void* source, u32 bytes, u64* barrier,
                                             u32 cta_rank) {
   asm volatile(
       "{ .reg .b32 remote, remote_barrier;"
       " mapa.shared::cluster.u32 remote, %0, %4; mapa.shared::cluster.u32 remote_barrier, %3, %4;"
-      " cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, [remote_barrier]; }" ::
-          "r"(shared_address(destination)),
+      " cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [remote], [%1], %2, "
+      "[remote_barrier]; }" ::"r"(shared_address(destination)),
       "r"(shared_address(source)), "r"(bytes), "r"(shared_address(barrier)), "r"(cta_rank)
       : "memory");
 }
@@ -76,19 +82,20 @@ __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wai
 template <bool kTransposed>
 __device__ __forceinline__ void store_matrix_x4(u32 row_address, u32 a, u32 b, u32 c, u32 d) {
   if constexpr (kTransposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(a),
-                 "r"(b), "r"(c), "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
   else
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
 template <bool kTransposed>
 __device__ __forceinline__ void store_matrix_x2(u32 row_address, u32 a, u32 b) {
   if constexpr (kTransposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row_address), "r"(a), "r"(b)
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row_address), "r"(a),
+                 "r"(b)
                  : "memory");
   else
     asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row_address), "r"(a), "r"(b)

@@ -1,4 +1,5 @@
-// Order and agreement among threads, warpgroups and the CTAs of a cluster; registers moved between warpgroups.
+// Order and agreement among threads, warpgroups and the CTAs of a cluster; registers moved between
+// warpgroups.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -6,7 +7,9 @@
 namespace fp8gemm::ptx {
 
 // Ordinary writes to shared memory become visible to the copy engine. Every writing thread calls it.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // A barrier among `threads` threads of the CTA; `id` 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
@@ -19,8 +22,8 @@ __device__ __forceinline__ u32 cluster_cta_rank() {
   return rank;
 }
 
-// All threads of all CTAs of the cluster, without a promise about memory: a release at cluster scope would compile to a
-// fence of all of it.
+// All threads of all CTAs of the cluster, without a promise about memory: a release at cluster scope would
+// compile to a fence of all of it.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
 }

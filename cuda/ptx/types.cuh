@@ -1,4 +1,5 @@
-// The few names that the headers share. They include nothing, so that NVRTC compiles a kernel in milliseconds.
+// The few names that the headers share. They include nothing, so that NVRTC compiles a kernel in
+// milliseconds.
 #pragma once
 
 namespace fp8gemm {
@@ -23,8 +24,8 @@ struct Index {
   __device__ constexpr operator int() const { return kValue; }
 };
 
-// f(Index<0>), f(Index<1>), ...: a loop that is unrolled whatever the compiler thinks of its size. A rolled one that
-// indexes accumulators would move them to local memory.
+// f(Index<0>), f(Index<1>), ...: a loop that is unrolled whatever the compiler thinks of its size. A rolled
+// one that indexes accumulators would move them to local memory.
 template <int kCount, int kBegin = 0, class Function>
 __device__ __forceinline__ void unrolled(Function&& f) {
   if constexpr (kBegin < kCount) {
@@ -38,14 +39,16 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// The warp's index in its CTA. Broadcast, so that the compiler knows it is the same in all lanes and keeps what follows
-// from it in uniform registers.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0); }
+// The warp's index in its CTA. Broadcast, so that the compiler knows it is the same in all lanes and keeps
+// what follows from it in uniform registers.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 __device__ __forceinline__ u32 lane_index() { return threadIdx.x % 32; }
 
-// The same, read where it stands: what follows from it is computed here, and not ahead of time in a loop that has no
-// registers and no issue slots to spare.
+// The same, read where it stands: what follows from it is computed here, and not ahead of time in a loop that
+// has no registers and no issue slots to spare.
 __device__ __forceinline__ u32 lane_index_here() {
   u32 lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));

@@ -1,1 +1,1 @@
-"""From the static facts of a call to a launchable kernel: problem -> config -> source -> cubin -> launch plan."""
+"""From a call's static facts to a launchable kernel: problem -> config -> source -> cubin -> launch plan."""

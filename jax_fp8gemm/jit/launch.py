@@ -1,8 +1,8 @@
 """A launch plan: a kernel and everything that launching it takes, as plain data.
 
-Python decides it once, when a call is lowered; it travels as attributes of the XLA custom call; the C++ side
-(`jax_fp8gemm/ffi`) follows it without knowing what the kernel computes. A buffer is named by its index among the
-call's operands followed by its results.
+Python decides it once, when a call is lowered; it travels as attributes of the XLA custom call; the C++
+side (`jax_fp8gemm/ffi`) follows it without knowing what the kernel computes. A buffer is named by its index
+among the call's operands followed by its results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class TensorMap:
     def __post_init__(self):
         rank = len(self.shape)
         if not 1 <= rank <= MAX_RANK or len(self.strides) != rank - 1 or len(self.box) != rank:
-            raise ValueError(f"TensorMap: shape {self.shape}, strides {self.strides} and box {self.box} do not fit together")
+            raise ValueError(f"TensorMap: expected 1 to {MAX_RANK} dimensions, as many of box and one stride less, "
+                             f"got shape {self.shape}, box {self.box}, strides {self.strides}")
         if self.dtype not in _MAP_DTYPES or self.swizzle not in _SWIZZLES:
             raise ValueError(f"TensorMap: unknown dtype {self.dtype!r} or swizzle {self.swizzle}")
 
@@ -84,8 +85,8 @@ class LaunchPlan:
       block: threads of a CTA (one dimension).
       shared_bytes: dynamic shared memory of a CTA.
       arguments: the kernel's parameters, in order.
-      programmatic: launch with programmatic dependent launch: the kernel starts while its predecessor in the stream
-        ends, and waits for it (`griddepcontrol.wait`) before it touches any buffer.
+      programmatic: launch with programmatic dependent launch: the kernel starts while its predecessor in the
+        stream ends, and waits for it (`griddepcontrol.wait`) before it touches any buffer.
     """
 
     cubin: bytes
@@ -100,7 +101,7 @@ class LaunchPlan:
     def attributes(self) -> dict[str, bytes | str | np.ndarray]:
         """The attributes of the custom call; ffi/plan.h reads them."""
         records = np.zeros((len(self.arguments), _RECORD), np.int64)
-        for row, argument in zip(records, self.arguments):
+        for row, argument in zip(records, self.arguments, strict=True):
             values = argument.record()
             row[: len(values)] = values
         launch = [*self.grid, *self.cluster, self.block, self.shared_bytes, int(self.programmatic)]

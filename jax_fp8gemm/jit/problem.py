@@ -19,8 +19,8 @@ class GemmProblem:
     """out[g] = dequantised lhs[g] @ dequantised rhs[g].T (+ out[g]), for g in range(batch).
 
     Attributes:
-      m, n, k: lhs is [batch, M, K], rhs [batch, N, K], out [batch, M, N]; all at least 1, and K a multiple of 16
-        (the lowering pads K to that; the copy engine needs rows of whole 16 bytes).
+      m, n, k: lhs is [batch, M, K], rhs [batch, N, K], out [batch, M, N]; all at least 1, and K a multiple of
+        16 (the lowering pads K to that; the copy engine needs rows of whole 16 bytes).
       batch: number of GEMMs of these shapes in the one launch.
       lhs_batched, rhs_batched: False where the operand has a leading axis of 1, shared by the whole batch.
       lhs_dtype, rhs_dtype: "e4m3" or "e5m2".
@@ -52,7 +52,8 @@ class GemmProblem:
         for name, allowed in (("lhs_dtype", ("e4m3", "e5m2")), ("rhs_dtype", ("e4m3", "e5m2")),
                               ("out_dtype", ("bf16", "f32")), ("rhs_scale_rows", (1, SCALE_BLOCK))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"GemmProblem.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+                value = getattr(self, name)
+                raise ValueError(f"GemmProblem.{name}: expected one of {allowed}, got {value!r}")
         if self.accumulate and self.out_dtype != "f32":
             raise ValueError(f"GemmProblem.accumulate: expected out_dtype 'f32', got {self.out_dtype!r}")
 

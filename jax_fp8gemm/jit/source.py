@@ -1,4 +1,4 @@
-"""The translation unit of one kernel: its configuration as named constants, its one wgmma, its entry point."""
+"""The translation unit of a kernel: its configuration as named constants, its one wgmma, its entry point."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def _constant(name: str, value: bool | int) -> str:
 
 
 def _wgmma(columns: int, p_dtype: str, q_dtype: str) -> str:
-    """The wrapper of wgmma m64n`columns`k32; with `accumulate` false the registers' old values do not count."""
+    """The wrapper of wgmma m64n`columns`k32; without `accumulate` the registers' old values do not count."""
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return f"""\
-  __device__ static void wgmma(float (&d)[{count}], unsigned long long p, unsigned long long q, int accumulate) {{
+  __device__ static void wgmma(float (&d)[{count}], unsigned long long p, unsigned long long q,
+                               int accumulate) {{
     asm volatile(
         "{{ .reg .pred a; setp.ne.b32 a, %{count + 2}, 0;"
         " wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.{p_dtype}.{q_dtype}"
@@ -32,7 +33,7 @@ def _wgmma(columns: int, p_dtype: str, q_dtype: str) -> str:
 
 
 def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
-    """CUDA C++ of the kernel for `problem` under `config`; M and the batch size stay arguments of the kernel."""
+    """CUDA C++ of the kernel for `problem` under `config`; M and the batch size stay its arguments."""
     constants = {
         "N": problem.n,
         "K": problem.k,
@@ -67,9 +68,11 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
         _wgmma(q, p_dtype, q_dtype),
         "};",
         "",
+        "using fp8gemm::TensorMap;",
+        "",
         f'extern "C" __global__ void __launch_bounds__(fp8gemm::Tile<Config>::kNumThreads, 1) {ENTRY}(',
-        "    const __grid_constant__ fp8gemm::TensorMap lhs_map, const __grid_constant__ fp8gemm::TensorMap rhs_map,",
-        "    const __grid_constant__ fp8gemm::TensorMap out_map, const float* lhs_scale, const float* rhs_scale,",
+        "    const __grid_constant__ TensorMap lhs_map, const __grid_constant__ TensorMap rhs_map,",
+        "    const __grid_constant__ TensorMap out_map, const float* lhs_scale, const float* rhs_scale,",
         "    void* out, unsigned m, unsigned num_batches) {",
         "  fp8gemm::gemm<Config>(lhs_map, rhs_map, out_map, lhs_scale, rhs_scale, out, m, num_batches);",
         "}",

@@ -1,6 +1,7 @@
 """What follows from a configuration: the warpgroups' parts of a tile and the shared memory of a CTA.
 
-The host's half of `cuda/tile.cuh` and `cuda/smem.cuh`; the kernel asserts that both count the same shared memory.
+The host's half of `cuda/tile.cuh` and `cuda/smem.cuh`; the kernel asserts that both count the same shared
+memory.
 """
 
 from __future__ import annotations
