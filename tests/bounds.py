@@ -117,7 +117,7 @@ class _Magnitudes:
         values = values.reshape(rows, -1, _STEPS, K_STEP)
         largest = values.max(-1)
         normal = jnp.maximum(largest, float(jnp.finfo(array.dtype).smallest_normal))
-        power = jnp.where(largest > 0, jnp.exp2(jnp.floor(jnp.log2(normal))), 0)
+        power = jnp.where(largest > 0, jnp.ldexp(1.0, jnp.frexp(normal)[1] - 1), 0)
         after = jnp.sqrt(jnp.cumsum(jnp.square(values.astype(jnp.float64)).sum(-1), axis=-1))
         before = jnp.pad(after, ((0, 0), (0, 0), (1, 0)))[..., :-1]
         scales = _row_scales(array)[..., None]

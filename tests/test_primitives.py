@@ -101,6 +101,15 @@ def test_k_in_whole_16_is_not_copied(built):
     assert "stablehlo.transpose" not in text
 
 
+def test_the_call_carries_a_cubin_that_the_compiler_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(primitives, "targets_hopper", lambda: True)
+    line = call_line(lower_for_cuda(fp8_gemm, operand(33, 304), weight(200, 304)))
+    cubin, = tmp_path.rglob("*.cubin")
+    assert 'cubin = "\\7FELF' in line
+    assert len(line) > cubin.stat().st_size > 1000
+
+
 BOTH, LHS, RHS = (0, 0), (0, None), (None, 0)
 
 
