@@ -58,9 +58,10 @@ ffi::ErrorOr<std::unique_ptr<Kernel>> Kernel::Create(std::string_view cubin, Pla
   if (library.has_error()) return ffi::Unexpected(library.error());
 
   CUkernel kernel = nullptr;
-  ffi::Error error = driver->Check(driver->cuLibraryGetKernel(&kernel, (*library)->get(), plan.entry.c_str()),
-                                   "cuLibraryGetKernel", Describe(plan));
-  if (error.failure()) return ffi::Unexpected(error);
+  const CUresult result = driver->cuLibraryGetKernel(&kernel, (*library)->get(), plan.entry.c_str());
+  if (result != CUDA_SUCCESS) {
+    return ffi::Unexpected(driver->Check(result, "cuLibraryGetKernel", Describe(plan)));
+  }
   return std::unique_ptr<Kernel>(new Kernel(*driver, std::move(plan), *std::move(library), kernel));
 }
 

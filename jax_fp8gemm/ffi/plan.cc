@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <limits>
 #include <optional>
-#include <sstream>
+#include <string>
 #include <utility>
 
 namespace jax_fp8gemm {
@@ -17,10 +17,9 @@ ffi::Unexpected<ffi::Error> Malformed(const std::string& message) {
 
 template <typename Values>
 std::string Tuple(const Values& values, int size) {
-  std::ostringstream out;
-  for (int i = 0; i < size; ++i) out << (i ? ", " : "(") << values[i];
-  out << ")";
-  return out.str();
+  std::string out = "(";
+  for (int i = 0; i < size; ++i) out += (i ? ", " : "") + std::to_string(values[i]);
+  return out + ")";
 }
 
 // Reads numbers in a range one after the other and keeps the first error.
@@ -163,21 +162,17 @@ ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> l
   return plan;
 }
 
+// By strings and not by a stream: a stream's locale fails in a module whose C++ library is linked statically.
 std::string Describe(const Plan& plan) {
-  std::ostringstream out;
-  out << "kernel " << plan.entry << ", grid " << Tuple(plan.grid, 3) << ", cluster " << Tuple(plan.cluster, 3)
-      << ", " << plan.block << " threads, " << plan.shared_bytes << " bytes of dynamic shared memory"
-      << (plan.programmatic ? ", programmatic" : "");
-  return out.str();
+  return "kernel " + plan.entry + ", grid " + Tuple(plan.grid, 3) + ", cluster " + Tuple(plan.cluster, 3) +
+         ", " + std::to_string(plan.block) + " threads, " + std::to_string(plan.shared_bytes) +
+         " bytes of dynamic shared memory" + (plan.programmatic ? ", programmatic" : "");
 }
 
 std::string Describe(const TensorMap& map) {
-  std::ostringstream out;
-  out << Name(map.type) << " tensor map over buffer " << map.buffer << ": shape "
-      << Tuple(map.shape, map.rank) << ", strides "
-      << (map.rank == 1 ? "()" : Tuple(map.strides, map.rank - 1)) << ", box " << Tuple(map.box, map.rank)
-      << ", swizzle " << map.swizzle;
-  return out.str();
+  return std::string(Name(map.type)) + " tensor map over buffer " + std::to_string(map.buffer) + ": shape " +
+         Tuple(map.shape, map.rank) + ", strides " + Tuple(map.strides, map.rank - 1) + ", box " +
+         Tuple(map.box, map.rank) + ", swizzle " + std::to_string(map.swizzle);
 }
 
 const char* Name(MapType type) {
