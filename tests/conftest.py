@@ -7,7 +7,10 @@ import os
 
 # Tuning XLA's own GEMMs, those that compute what is expected, would take longer than running them.
 os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_gpu_autotune_level=0"])
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_gpu_autotune_level=0",
+])
 
 import jax
 import numpy as np

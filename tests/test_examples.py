@@ -1,0 +1,18 @@
+"""The examples run, and print what they promise."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def test_feed_forward_prints_a_small_error():
+    result = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / "feed_forward.py"], capture_output=True, check=True,
+        text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES.parent)})
+    errors = [float(percent) for percent in re.findall(r"^ +\d+ +([\d.]+)%$", result.stdout, re.MULTILINE)]
+    assert len(errors) == 2
+    assert all(1 < error < 10 for error in errors)
