@@ -112,22 +112,38 @@ struct Writers {
   }
 };
 
+// The writers' buffers, taken in turn from tile to tile. When a tile's chunks are no multiple of the buffers,
+// a tile that began with the first one again would overwrite what the copy engine still reads.
 template <class Config>
-__device__ void store_tile_tma(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
+struct OutRing {
+  u8* buffers;
+  u32 next = 0;
+
+  __device__ explicit OutRing(SharedStorage<Config>& shared)
+      : buffers(shared.out + Writers<Config>::index() * Config::kOutBuffers * Tile<Config>::kChunkBytes) {}
+
+  __device__ u8* take() {
+    u8* buffer = buffers + next * Tile<Config>::kChunkBytes;
+    if (++next == Config::kOutBuffers) next = 0;
+    return buffer;
+  }
+};
+
+template <class Config>
+__device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing<Config>& ring,
                                const Scheduler<Config>& scheduler, const TensorMap& map, int warpgroup) {
   using T = Tile<Config>;
   using W = Writers<Config>;
   const u32 lane = lane_index_here();
-  u8* buffers = shared.out + W::index() * Config::kOutBuffers * T::kChunkBytes;
   const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16),
             q = T::warpgroup_q(warpgroup);
   const int first_row = scheduler.m_start + (T::kSwapAB ? q : p),
             first_column = scheduler.n_start + (T::kSwapAB ? p : q);
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
-    u8* chunk = buffers + index % Config::kOutBuffers * T::kChunkBytes;
+    u8* chunk = ring.take();
     if (W::is_leader())
-      ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer
+      ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer is done
     W::sync();
     ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c, lane);
     ptx::fence_proxy_async();

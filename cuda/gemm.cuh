@@ -46,10 +46,11 @@ __device__ void consume(SharedStorage<Config>& shared, const TensorMap& out_map,
     accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
     store_tile_split_k<Config>(accumulators, shared, scheduler, out, warpgroup);
   } else {
+    OutRing<Config> ring(shared);
     while (scheduler.next()) {
       accumulate_tile<Config>(accumulators, pipeline, scheduler, warpgroup);
       if constexpr (Config::kTmaStore)
-        store_tile_tma<Config>(accumulators, shared, scheduler, out_map, warpgroup);
+        store_tile_tma<Config>(accumulators, ring, scheduler, out_map, warpgroup);
       else
         store_tile_direct<Config>(accumulators, scheduler, out, warpgroup);
     }
