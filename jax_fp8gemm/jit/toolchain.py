@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -24,7 +25,8 @@ STD = "c++20"
 # the default.
 NVRTC_OPTIONS = {"arch": ARCH, "std": STD, "device_as_default_execution_space": True}
 NVCC_OPTIONS = (f"-arch={ARCH}", f"-std={STD}")
-INSTALL_NVRTC = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
+NVRTC_WHEEL = "nvidia-cuda-nvrtc"
+INSTALL_NVRTC = f"pip install cuda-core cuda-bindings {NVRTC_WHEEL}"
 INSTALL_NVDISASM = "pip install nvidia-cuda-nvdisasm"
 _import_lock = threading.Lock()
 
@@ -64,8 +66,13 @@ def compiler_version(nvcc: pathlib.Path | None = None) -> str:
 
 @functools.cache
 def _nvrtc_version() -> str:
-    # NVRTC tells its version to the minor number; releases that differ in the patch number differ in size.
-    path = find_nvrtc()
+    # The wheel, where the search for the library begins, tells its version without loading 100 MB, which
+    # takes longer than to find a kernel in the cache. Another NVRTC tells its own to the minor number;
+    # releases that differ in the patch number differ in size.
+    try:
+        return f"NVRTC {importlib.metadata.version(NVRTC_WHEEL)}"
+    except importlib.metadata.PackageNotFoundError:
+        path = find_nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     ctypes.CDLL(path).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"NVRTC {major.value}.{minor.value}, {os.path.getsize(path)} bytes"

@@ -18,7 +18,7 @@ from bounds import assert_within_bound
 from jax_fp8gemm import ScaledArray, fp8_gemm, quantize
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.choose import candidates, choose
-from jax_fp8gemm.jit.config import rejection
+from jax_fp8gemm.jit.config import GemmConfig, rejection
 from jax_fp8gemm.jit.device import current_device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, TMA_ALIGNMENT, GemmProblem, ceil_div
 from jax_fp8gemm.jit.warmup import compile_all
@@ -177,6 +177,19 @@ def test_every_configuration_gives_the_emulation_s_bits(rng, m, n, k, granularit
             different.append(f"{config}: {num_different} of {m * n} differ")
     assert len(configs) > 20
     assert not different, "\n".join([f"{len(different)} of {len(configs)} configurations:", *different[:20]])
+
+
+@pytest.mark.parametrize("cluster_n", [1, 2])
+def test_output_buffers_are_taken_in_turn_from_tile_to_tile(cluster_n):
+    """Three chunks a tile over two buffers: the next tile may not begin with the buffer that was used last."""
+    lhs, rhs = operands(129, 129280, 128)
+    outs = []
+    for config in (GemmConfig(128, 128, 4), GemmConfig(192, 128, 4, cluster_n=cluster_n)):
+        with compiler.override(config):
+            gemm = jit_into_nan()
+            outs.append([bits(gemm(lhs, rhs)) for _ in range(30)])
+    for out in outs[1]:
+        np.testing.assert_array_equal(out, outs[0][0])
 
 
 def test_a_row_does_not_depend_on_m():
