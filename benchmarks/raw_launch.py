@@ -70,19 +70,13 @@ def _encode(argument: TensorMap, address: int) -> tuple[object, int]:
 
 
 def _launch_attributes(plan: LaunchPlan) -> list[driver.CUlaunchAttribute]:
-    attributes = []
-    if plan.cluster != (1, 1, 1):
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        value = attribute.value
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = plan.cluster
-        attributes.append(attribute)
-    if plan.programmatic:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(attribute)
-    return attributes
+    if plan.cluster == (1, 1, 1):
+        return []
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    value = attribute.value
+    value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = plan.cluster
+    return [attribute]
 
 
 def _load(plan: LaunchPlan) -> tuple[driver.CUlibrary, driver.CUfunction]:

@@ -25,7 +25,7 @@ def test_target_lowers_for_cuda_anywhere():
     text = jax.jit(call).trace(jnp.ones(4)).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.custom_call @jax_fp8gemm_launch_v1" in text
     assert 'cubin = "\\7FELF\\00"' in text
-    assert "launch = dense<[4, 1, 1, 2, 1, 1, 384, 1000, 0]> : tensor<9xi64>" in text
+    assert "launch = dense<[4, 1, 1, 2, 1, 1, 384, 1000]> : tensor<8xi64>" in text
 
 
 def test_extension_that_does_not_load(monkeypatch):

@@ -60,7 +60,6 @@ nb::dict DescribePlan(const std::string& entry, const Int64Array& launch, const 
   fields["block"] = plan->block;
   fields["shared_bytes"] = plan->shared_bytes;
   fields["arguments"] = nb::tuple(described);
-  fields["programmatic"] = plan->programmatic;
   return fields;
 }
 

@@ -109,23 +109,16 @@ class Filler {
 
 ffi::Error Enqueue(const Driver& driver, const Plan& plan, CUfunction function, CUstream stream,
                    void** parameters) {
-  std::array<CUlaunchAttribute, 2> attributes{};
+  CUlaunchAttribute cluster{};
+  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  cluster.value.clusterDim = {plan.cluster[0], plan.cluster[1], plan.cluster[2]};
   CUlaunchConfig config{};
   config.gridDimX = plan.grid[0], config.gridDimY = plan.grid[1], config.gridDimZ = plan.grid[2];
   config.blockDimX = plan.block, config.blockDimY = 1, config.blockDimZ = 1;
   config.sharedMemBytes = plan.shared_bytes;
   config.hStream = stream;
-  config.attrs = attributes.data();
-  if (plan.cluster_size() > 1) {
-    CUlaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    cluster.value.clusterDim = {plan.cluster[0], plan.cluster[1], plan.cluster[2]};
-  }
-  if (plan.programmatic) {
-    CUlaunchAttribute& programmatic = attributes[config.numAttrs++];
-    programmatic.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    programmatic.value.programmaticStreamSerializationAllowed = 1;
-  }
+  config.attrs = &cluster;
+  config.numAttrs = plan.cluster_size() > 1 ? 1 : 0;
   const CUresult result = driver.cuLaunchKernelEx(&config, function, parameters, nullptr);
   if (result == CUDA_SUCCESS) return ffi::Error::Success();
   return driver.Check(result, "cuLaunchKernelEx", Describe(plan));

@@ -119,7 +119,6 @@ ffi::ErrorOr<Plan> DecodeLaunch(ffi::Span<const int64_t> launch) {
   for (uint32_t& size : plan.cluster) size = static_cast<uint32_t>(reader.Next("cluster", 1, kMaxCluster));
   plan.block = static_cast<uint32_t>(reader.Next("block", 1, kMaxBlock));
   plan.shared_bytes = static_cast<uint32_t>(reader.Next("shared_bytes", 0, kMaxShared));
-  plan.programmatic = reader.Next("programmatic", 0, 1) == 1;
   if (!reader.error().empty()) return Malformed(reader.error());
 
   if (plan.cluster_size() > kMaxCluster) {
@@ -166,7 +165,7 @@ ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> l
 std::string Describe(const Plan& plan) {
   return "kernel " + plan.entry + ", grid " + Tuple(plan.grid, 3) + ", cluster " + Tuple(plan.cluster, 3) +
          ", " + std::to_string(plan.block) + " threads, " + std::to_string(plan.shared_bytes) +
-         " bytes of dynamic shared memory" + (plan.programmatic ? ", programmatic" : "");
+         " bytes of dynamic shared memory";
 }
 
 std::string Describe(const TensorMap& map) {

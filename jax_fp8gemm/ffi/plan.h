@@ -17,7 +17,7 @@ namespace ffi = ::xla::ffi;
 
 // Numbers shared with jit/launch.py; tests/test_ffi_plan.py holds the two together.
 inline constexpr int kMaxRank = 5;
-inline constexpr int kLaunchSize = 9;                     // grid, cluster, block, shared bytes, programmatic
+inline constexpr int kLaunchSize = 8;                     // grid, cluster, block, shared bytes
 inline constexpr int kRecordSize = 4 + 3 * kMaxRank + 1;  // int64s per argument
 enum class ArgumentKind : int64_t { kPointer = 0, kScalar = 1, kTensorMap = 2 };
 enum class MapType : int64_t { kU8 = 0, kBf16 = 1, kF32 = 2 };
@@ -51,7 +51,6 @@ struct Plan {
   std::array<uint32_t, 3> cluster;
   uint32_t block;
   uint32_t shared_bytes;
-  bool programmatic;
   std::vector<Argument> arguments;
 
   bool empty() const { return grid[0] == 0 || grid[1] == 0 || grid[2] == 0; }

@@ -63,8 +63,8 @@ class TensorMap:
     def __post_init__(self):
         rank = len(self.shape)
         if not 1 <= rank <= MAX_RANK or len(self.strides) != rank - 1 or len(self.box) != rank:
-            raise ValueError(f"TensorMap: expected 1 to {MAX_RANK} dimensions, as many of box and one stride less, "
-                             f"got shape {self.shape}, box {self.box}, strides {self.strides}")
+            raise ValueError(f"TensorMap: expected 1 to {MAX_RANK} dimensions, as many of box and one stride "
+                             f"less, got shape {self.shape}, box {self.box}, strides {self.strides}")
         if self.dtype not in _MAP_DTYPES or self.swizzle not in _SWIZZLES:
             raise ValueError(f"TensorMap: unknown dtype {self.dtype!r} or swizzle {self.swizzle}")
 
@@ -85,8 +85,6 @@ class LaunchPlan:
       block: threads of a CTA (one dimension).
       shared_bytes: dynamic shared memory of a CTA.
       arguments: the kernel's parameters, in order.
-      programmatic: launch with programmatic dependent launch: the kernel starts while its predecessor in the
-        stream ends, and waits for it (`griddepcontrol.wait`) before it touches any buffer.
     """
 
     cubin: bytes
@@ -96,7 +94,6 @@ class LaunchPlan:
     block: int
     shared_bytes: int
     arguments: tuple[Pointer | Scalar | TensorMap, ...]
-    programmatic: bool = False
 
     def attributes(self) -> dict[str, bytes | str | np.ndarray]:
         """The attributes of the custom call; ffi/plan.h reads them."""
@@ -104,6 +101,6 @@ class LaunchPlan:
         for row, argument in zip(records, self.arguments, strict=True):
             values = argument.record()
             row[: len(values)] = values
-        launch = [*self.grid, *self.cluster, self.block, self.shared_bytes, int(self.programmatic)]
+        launch = [*self.grid, *self.cluster, self.block, self.shared_bytes]
         return {"cubin": self.cubin, "entry": self.entry, "launch": np.array(launch, np.int64),
                 "arguments": records.reshape(-1)}

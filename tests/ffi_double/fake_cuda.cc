@@ -239,16 +239,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   }
   const unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
   const unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};
-  unsigned cluster[] = {0, 0, 0}, programmatic = 0;
+  unsigned cluster[] = {0, 0, 0};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const CUlaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) {
       cluster[0] = attribute.value.clusterDim.x;
       cluster[1] = attribute.value.clusterDim.y;
       cluster[2] = attribute.value.clusterDim.z;
-    }
-    if (attribute.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
-      programmatic = attribute.value.programmaticStreamSerializationAllowed;
     }
   }
   Line("cuLaunchKernelEx")
@@ -258,7 +255,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
       .AddList("grid", grid, 3)
       .AddList("block", block, 3)
       .AddList("cluster", cluster, 3)
-      .Add("programmatic", programmatic)
       .Add("shared_bytes", config->sharedMemBytes)
       .AddList("parameters", values.data(), static_cast<int>(values.size()));
   return CUDA_SUCCESS;

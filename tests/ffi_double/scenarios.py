@@ -66,7 +66,6 @@ class Double:
                 of.Scalar(4_000_000_000),
                 of.TensorMap(2, "bf16", (40, 300), (80,), (32, 64), 64),
             ),
-            "programmatic": True,
         }
         return of.LaunchPlan(**{**fields, **changes})
 
@@ -185,18 +184,16 @@ def scenario_launch(double):
         "grid": [6, 1, 1],
         "block": [384, 1, 1],
         "cluster": [2, 1, 1],
-        "programmatic": 1,
         "shared_bytes": 200000,
         "parameters": [0, 0x20000, 4_000_000_000, 1],
     }, launch
 
 
 def scenario_plain_launch(double):
-    plan = double.plan(cluster=(1, 1, 1), programmatic=False)
+    plan = double.plan(cluster=(1, 1, 1))
     assert double.execute(double.ready(plan), plan) is None
     (launch,) = double.journal("cuLaunchKernelEx")
     assert launch["cluster"] == [0, 0, 0]  # no attribute at all
-    assert launch["programmatic"] == 0
 
 
 def scenario_empty_grid(double):
