@@ -24,9 +24,8 @@ Terms of second order are covered by a factor of 1 + 2^-8.
 **Random signs.** Where signs are random, errors add up as their squares do. A truncation is off by less than
 a unit u with the sign of its term, hence by u^2 / 3 in the mean square, a rounding by half a unit, by u^2 /
 12; and c^2 is |a|^2 |b|^2 / n after n products. That predicts the root mean square of a tile, each element
-measured by its
-own deviation: it must be below 1, and is 10 to 100 times tighter than the worst case. A scale that is 1 % off
-shows.
+measured by its own deviation: it must be below 1, and is 10 to 100 times tighter than the worst case. A scale
+that is 1 % off shows.
 """
 
 from __future__ import annotations

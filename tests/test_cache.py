@@ -39,11 +39,13 @@ def test_key_depends_on_every_part_and_on_where_it_ends():
 
 def test_memory_then_disk_then_compiler(tmp_path):
     first, compiler = KernelCache(tmp_path), Compiler()
-    assert first.get(KEY, compiler) == CUBIN and compiler.calls == 1
+    assert first.get(KEY, compiler) == CUBIN
+    assert compiler.calls == 1
     assert first.get(KEY, unused) == CUBIN
     assert KernelCache(tmp_path).get(KEY, unused) == CUBIN
     other = Compiler(b"another")
-    assert first.get(cache_key("another kernel"), other) == b"another" and other.calls == 1
+    assert first.get(cache_key("another kernel"), other) == b"another"
+    assert other.calls == 1
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -67,7 +69,8 @@ def test_a_damaged_entry_is_compiled_again_and_mended(tmp_path, damage, caplog):
     path = tmp_path / f"{KEY}.cubin"
     path.write_bytes(damage(path.read_bytes()))
     compiler = Compiler()
-    assert KernelCache(tmp_path).get(KEY, compiler) == CUBIN and compiler.calls == 1
+    assert KernelCache(tmp_path).get(KEY, compiler) == CUBIN
+    assert compiler.calls == 1
     assert "is damaged" in caplog.text
     assert KernelCache(tmp_path).get(KEY, unused) == CUBIN
 
@@ -85,7 +88,8 @@ def test_a_folder_that_cannot_be_made_leaves_the_memory_with_one_warning(tmp_pat
         assert cache.get(cache_key(name), compiler) == CUBIN
     assert compiler.calls == 2
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "JAX_FP8GEMM_CACHE_DIR" in warnings[0].getMessage()
+    assert len(warnings) == 1
+    assert "JAX_FP8GEMM_CACHE_DIR" in warnings[0].getMessage()
 
 
 def test_a_read_only_folder_still_serves_what_it_has(tmp_path, monkeypatch):
@@ -146,7 +150,8 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache, compiler = KernelCache(None), Compiler()
     assert cache.get(KEY, compiler) == cache.get(KEY, unused) == CUBIN
-    assert cache.entries() == [] and not list(tmp_path.iterdir())
+    assert cache.entries() == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_threads_compile_once_and_different_kernels_at_the_same_time(tmp_path):
@@ -165,20 +170,25 @@ def test_threads_compile_once_and_different_kernels_at_the_same_time(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(results) == sorted([CUBIN] * 8 + [b"slow"] * 2) and compiler.calls == 1
+    assert sorted(results) == sorted([CUBIN] * 8 + [b"slow"] * 2)
+    assert compiler.calls == 1
 
 
 def test_clear_forgets_everything(tmp_path):
     cache = KernelCache(tmp_path / "cubins")
     cache.get(KEY, Compiler())
-    assert len(cache.entries()) == 1 and cache.clear() == 1
+    assert len(cache.entries()) == 1
+    assert cache.clear() == 1
     compiler = Compiler()
-    assert cache.entries() == [] and cache.get(KEY, compiler) == CUBIN and compiler.calls == 1
+    assert cache.entries() == []
+    assert cache.get(KEY, compiler) == CUBIN
+    assert compiler.calls == 1
 
 
 def test_the_process_has_one_cache_per_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path))
-    assert kernel_cache() is kernel_cache() and kernel_cache().folder == tmp_path / "cubins"
+    assert kernel_cache() is kernel_cache()
+    assert kernel_cache().folder == tmp_path / "cubins"
     monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", "none")
     assert kernel_cache().folder is None
 

@@ -37,22 +37,27 @@ def test_the_module_runs_and_its_help_has_the_environment(tmp_path):
 
 def test_explain(capsys):
     status, out, _ = run(capsys, "explain", 64, 2112, 7168, "--rows", 3)
-    assert status == 0 and "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in out and "winner, by the" in out
+    assert status == 0
+    assert "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in out
+    assert "winner, by the" in out
     status, out, _ = run(
         capsys, "explain", 64, 2112, 7170, "--gpu", "NVIDIA H20", "--num-sms", 50, "--out-dtype", "f32",
         "--accumulate", "--batch", 2, "--rhs-scale-rows", 1, "--batch-invariant")
-    assert status == 0 and "2 x 64x2112x7184 f32 accumulate 1x128 rhs on NVIDIA H20, 50 SMs" in out
+    assert status == 0
+    assert "2 x 64x2112x7184 f32 accumulate 1x128 rhs on NVIDIA H20, 50 SMs" in out
     assert "split-K" not in out.split("rejected")[0]
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(("arguments", "message"), [
     (("explain", 0, 8, 128), "GemmProblem.m: expected at least 1, got 0"),
     (("explain", 8, 8, 128, "--accumulate"), "GemmProblem.accumulate: expected out_dtype 'f32', got 'bf16'"),
     (("warmup", "64x64"), "shapes: expected MxNxK, such as 64x2112x7168, or a file of these, got '64x64'"),
 ])
 def test_bad_input_is_said_in_one_line(capsys, arguments, message):
     status, out, err = run(capsys, *arguments)
-    assert status == 2 and out == "" and err == f"jax_fp8gemm: {message}\n"
+    assert status == 2
+    assert out == ""
+    assert err == f"jax_fp8gemm: {message}\n"
 
 
 def test_a_bad_environment_variable_is_said_in_one_line(capsys, monkeypatch):
@@ -75,12 +80,17 @@ def test_read_shapes_from_a_file(tmp_path):
 def test_warmup_then_cache_then_clear(capsys, tmp_path):
     (tmp_path / "shapes").write_text("16x256x512\n16x320x512\n")
     status, out, err = run(capsys, "warmup", tmp_path / "shapes", "16x256x512")
-    assert status == 0 and out.startswith("2 kernels ready in ") and "100%" in err
+    assert status == 0
+    assert out.startswith("2 kernels ready in ")
+    assert "100%" in err
     tuned.add(tuned.user_table(H200), H200, [tuned.Entry(GemmProblem(1, 8, 128), GemmConfig(64, 16, 4), 1.0)])
     status, out, _ = run(capsys, "cache")
-    assert status == 0 and str(tmp_path / "cache" / "cubins") in out and ": 2 kernels, 0." in out
+    assert status == 0
+    assert str(tmp_path / "cache" / "cubins") in out
+    assert ": 2 kernels, 0." in out
     status, out, _ = run(capsys, "cache", "--clear")
-    assert out.splitlines()[0] == "2 kernels deleted" and ": 0 kernels, 0.0 MB" in out
+    assert out.splitlines()[0] == "2 kernels deleted"
+    assert ": 0 kernels, 0.0 MB" in out
     assert len(tuned.load(tuned.user_table(H200))) == 1, "measurements stay"
 
 
@@ -94,7 +104,8 @@ def test_autotune(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "autotune", fake)
     status, out, _ = run(capsys, "autotune", "16x256x512", "--candidates", 5, "--rounds", 3)
-    assert status == 0 and seen == {"problems": [entry.problem], "num_candidates": 5, "num_rounds": 3}
+    assert status == 0
+    assert seen == {"problems": [entry.problem], "num_candidates": 5, "num_rounds": 3}
     assert out.splitlines() == [f"16x256x512 bf16: 3.25 us  {entry.config}", "added to the table"]
 
 
@@ -104,12 +115,14 @@ NAMES = ["Python", "jax", "jaxlib", "plugin", "driver", "GPU", "compiler", "head
 def test_info_fits_on_a_screen_and_covers_everything(capsys):
     status, out, _ = run(capsys, "info")
     lines = out.splitlines()
-    assert len(lines) <= 24 and max(map(len, lines)) <= 160
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 160
     assert [line[4:15].strip() for line in lines[:len(NAMES)]] == NAMES
     can_run = "This machine can run the kernels." in out
     assert status == (0 if can_run else 1)
     assert all(line.startswith("ok") for line in lines[:len(NAMES)]) == can_run
-    assert "0 kernels, 0.0 MB" in out and "0 of your own" in out
+    assert "0 kernels, 0.0 MB" in out
+    assert "0 of your own" in out
 
 
 def test_info_says_what_mends_a_machine(capsys, monkeypatch):
@@ -118,7 +131,8 @@ def test_info_says_what_mends_a_machine(capsys, monkeypatch):
     assert run(capsys, "info")[0] == 0
     checks[3] = diagnose.Check("plugin", "JAX has no CUDA plugin", 'pip install "jax[cuda13]"')
     status, out, _ = run(capsys, "info")
-    assert status == 1 and '    plugin:      pip install "jax[cuda13]"' in out.splitlines()
+    assert status == 1
+    assert '    plugin:      pip install "jax[cuda13]"' in out.splitlines()
     assert "--  plugin      JAX has no CUDA plugin" in out.splitlines()
 
 
@@ -141,7 +155,8 @@ def test_checks_find_what_is_missing(monkeypatch):
     monkeypatch.setattr(diagnose.jax, "local_devices", no_gpu)
     monkeypatch.setattr(diagnose.ffi, "available", lambda: False)
     remedies = {check.name: check.remedy for check in diagnose.checks()}
-    assert list(remedies) == NAMES and None not in remedies.values()
+    assert list(remedies) == NAMES
+    assert None not in remedies.values()
     assert remedies["compiler"] == "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
     assert remedies["jax"] == remedies["plugin"] == 'pip install "jax[cuda13]"'
     assert remedies["FFI module"].startswith("pip install")
@@ -154,7 +169,7 @@ class FakeGpu:
     core_count: int = 132
 
 
-@pytest.mark.parametrize("gpu, good", [
+@pytest.mark.parametrize(("gpu", "good"), [
     (FakeGpu("NVIDIA H200", "9.0"), True), (FakeGpu("NVIDIA B200", "10.0"), False)])
 def test_only_hopper_will_do(monkeypatch, gpu, good):
     monkeypatch.setattr(diagnose.jax, "local_devices", lambda backend: [gpu, gpu])

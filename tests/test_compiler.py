@@ -44,9 +44,11 @@ def fake_compiler(monkeypatch):
 
 def test_nvrtc_compiles_for_hopper_without_fast_math():
     cubin = compile_source(TOY)
-    assert cubin.startswith(b"\x7fELF") and b"toy" in cubin
+    assert cubin.startswith(b"\x7fELF")
+    assert b"toy" in cubin
     ptx = compile_source(TOY, output="ptx").decode()
-    assert ".target sm_90a" in ptx and ".entry toy" in ptx
+    assert ".target sm_90a" in ptx
+    assert ".entry toy" in ptx
     assert "div.rn.f32" in ptx, "division must round to nearest"
 
 
@@ -106,7 +108,7 @@ def test_a_given_nvcc_is_used(tmp_path, monkeypatch):
 
 def test_the_log_of_a_given_nvcc_is_in_the_exception(tmp_path):
     nvcc = _fake_nvcc(tmp_path / "nvcc", "    sys.exit('ptxas fatal: out of registers')\n")
-    with pytest.raises(CompileError, match="(?s)nvcc .* failed:\nptxas fatal: out of registers"):
+    with pytest.raises(CompileError, match=r"(?s)nvcc .* failed:\nptxas fatal: out of registers"):
         compile_source(TOY, nvcc=nvcc)
     nvcc.chmod(0)
     missing = tmp_path / "missing"
@@ -116,8 +118,10 @@ def test_the_log_of_a_given_nvcc_is_in_the_exception(tmp_path):
 
 def test_build_compiles_once_for_equal_sources(fake_compiler):
     first = build(PROBLEM, CONFIG)
-    assert isinstance(first, LaunchPlan) and b"line_info': False" in first.cubin
-    assert build(PROBLEM, CONFIG) == first and len(fake_compiler) == 1
+    assert isinstance(first, LaunchPlan)
+    assert b"line_info': False" in first.cubin
+    assert build(PROBLEM, CONFIG) == first
+    assert len(fake_compiler) == 1
     build(GemmProblem(33, 256, 1024), CONFIG)
     assert len(fake_compiler) == 1, "M is an argument of the kernel"
     build(GemmProblem(64, 320, 1024), CONFIG)
@@ -147,11 +151,12 @@ def test_headers_digest_sees_names_and_content(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
         digests.add(toolchain.headers_digest())
     (tmp_path / "README.md").write_text("no header")
-    assert len(digests) == 4 and toolchain.headers_digest() in digests
+    assert len(digests) == 4
+    assert toolchain.headers_digest() in digests
 
 
 def test_an_illegal_configuration_is_the_callers_error(fake_compiler):
-    with pytest.raises(ValueError, match="config: expected one that is legal .* shared memory, above 232448"):
+    with pytest.raises(ValueError, match=r"config: expected one .* shared memory, above 232448"):
         build(PROBLEM, GemmConfig(128, 128, 12))
     with override(GemmConfig(96, 128, 4)), pytest.raises(ValueError, match="block_m 96 is no multiple"):
         build(PROBLEM)
@@ -202,7 +207,8 @@ def test_the_choice_is_printed_when_asked_for(fake_compiler, monkeypatch, capsys
     build(PROBLEM, CONFIG)
     build(PROBLEM)
     given, chosen = capsys.readouterr().err.splitlines()
-    assert given == f"jax_fp8gemm: 64x256x1024 bf16: {CONFIG} (given)" and chosen.endswith("(model)")
+    assert given == f"jax_fp8gemm: 64x256x1024 bf16: {CONFIG} (given)"
+    assert chosen.endswith("(model)")
 
 
 def test_dumps_have_source_ptx_cubin_and_sass(tmp_path, monkeypatch):
@@ -213,7 +219,8 @@ def test_dumps_have_source_ptx_cubin_and_sass(tmp_path, monkeypatch):
     (stem,) = {path.stem for path in files.values()}
     assert stem.startswith("fp8_gemm_256x1024_")
     assert files[".cubin"].read_bytes() == cubin
-    assert "wgmma.mma_async" in files[".ptx"].read_text() and "QGMMA" in files[".sass"].read_text()
+    assert "wgmma.mma_async" in files[".ptx"].read_text()
+    assert "QGMMA" in files[".sass"].read_text()
 
 
 def test_without_nvdisasm_the_error_says_what_to_install(monkeypatch, tmp_path, caplog):
@@ -229,5 +236,5 @@ def test_without_nvdisasm_the_error_says_what_to_install(monkeypatch, tmp_path, 
 
 def test_missing_headers_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain, "__file__", str(tmp_path / "jax_fp8gemm" / "jit" / "toolchain.py"))
-    with pytest.raises(RuntimeError, match="headers are neither in .* nor in .*: install jax_fp8gemm again"):
+    with pytest.raises(RuntimeError, match=r"neither in .* nor in .*: install jax_fp8gemm again"):
         headers()

@@ -33,11 +33,13 @@ def test_values(monkeypatch, tmp_path):
         monkeypatch.setenv(settings.PREFIX + name, value)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert settings.cache_dir() == pathlib.Path("/home/somebody/kernels")
-    assert settings.dump_dir() == tmp_path and settings.nvcc() == nvcc and settings.num_sms() == 100
+    assert settings.dump_dir() == tmp_path
+    assert settings.nvcc() == nvcc
+    assert settings.num_sms() == 100
     assert settings.print_config() is settings.line_info() is True
 
 
-@pytest.mark.parametrize("name, value, read", [
+@pytest.mark.parametrize(("name", "value", "read"), [
     ("PRINT_CONFIG", "yes", settings.print_config), ("LINE_INFO", "2", settings.line_info),
     ("NUM_SMS", "0", settings.num_sms), ("NUM_SMS", "-3", settings.num_sms),
     ("NUM_SMS", "many", settings.num_sms),
@@ -89,9 +91,9 @@ def test_limit_sms_nests_and_goes_before_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, -1, 2.0, "8", None, True])
 def test_limit_sms_wants_a_positive_int(limit):
-    with pytest.raises(ValueError, match="limit_sms: expected a positive int, got"):
-        with settings.limit_sms(limit):
-            pass
+    message = "limit_sms: expected a positive int, got"
+    with pytest.raises(ValueError, match=message), settings.limit_sms(limit):
+        pass
 
 
 def test_limit_sms_never_reuses_a_trace_under_another_limit():

@@ -181,7 +181,7 @@ def test_every_configuration_gives_the_emulation_s_bits(rng, m, n, k, granularit
 
 @pytest.mark.parametrize("cluster_n", [1, 2])
 def test_output_buffers_are_taken_in_turn_from_tile_to_tile(cluster_n):
-    """Three chunks a tile over two buffers: the next tile may not begin with the buffer that was used last."""
+    """Three chunks a tile over two buffers: the next tile may not begin with the buffer used last."""
     lhs, rhs = operands(129, 129280, 128)
     outs = []
     for config in (GemmConfig(128, 128, 4), GemmConfig(192, 128, 4, cluster_n=cluster_n)):
