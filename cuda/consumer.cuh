@@ -31,9 +31,8 @@ __device__ __forceinline__ void compute_from_here(float& value) { asm volatile("
 // scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns,
 // column 0, 1.
 //
-// Scales are read before the products are issued, as issuing blocks while the tensor core is busy, and
-// multiplied after
-// (`prepare`), lest the products wait for them.
+// Scales are read before the products are issued (`load`), as issuing blocks while the tensor core is busy,
+// and multiplied after (`prepare`), lest the products wait for them.
 //
 // Both sides per row: a product for each element.
 template <class Config, bool kRhsPerRow = Tile<Config>::kRhsPerRow, bool kSwapAB = Config::kSwapAB>
@@ -231,8 +230,8 @@ struct Mainloop {
 
     // One product at a time: everything, or the blocks that are no whole batch.
     const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
-    Partial<Config>
-        partial;  // one for all products: the next must not be started before this one is promoted
+    // Its one Partial keeps the compiler from starting the next product before this one is promoted.
+    Partial<Config> partial;
     for (int k = 0; k < singles; ++k)
       unrolled<T::kNumMmaP>([&](auto i) {
         start(partial, i);

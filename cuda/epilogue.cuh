@@ -27,8 +27,7 @@ template <class Config>
 struct ChunkWriter<Config, false, 2> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
-    constexpr int kGroups =
-        T::kChunkColumns / 8;  // of eight columns, one 8x8 matrix in each half of the rows
+    constexpr int kGroups = T::kChunkColumns / 8;  // of eight columns: an 8x8 matrix in each half of the rows
     const u32 row = lane % 16, group = lane / 16;
 #pragma unroll
     for (int g = 0; g < kGroups; g += 2) {
@@ -142,8 +141,8 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
     u8* chunk = ring.take();
-    if (W::is_leader())
-      ptx::tma_store_wait_read<Config::kOutBuffers - 1>();  // the store that last used this buffer is done
+    // The store that last used this buffer has read it.
+    if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();
     W::sync();
     ChunkWriter<Config>::write(shared_address(chunk), accumulators[i], c, lane);
     ptx::fence_proxy_async();

@@ -74,8 +74,8 @@ __device__ void gemm(const TensorMap& lhs_map, const TensorMap& rhs_map, const T
     if constexpr (Config::kTmaStore) ptx::prefetch_tensor_map(&out_map);
     Pipeline<Config>::init(shared);
   }
-  if constexpr (T::kClusterSize > 1)
-    ptx::cluster_sync_relaxed();  // the barriers' own fence made them visible to the cluster
+  // Relaxed: the barriers' own fence has made them visible to the cluster.
+  if constexpr (T::kClusterSize > 1) ptx::cluster_sync_relaxed();
   __syncthreads();
 
   if (warp_index() >= 4 * Config::kNumConsumers) {

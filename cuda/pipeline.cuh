@@ -2,8 +2,8 @@
 // side.
 //
 //   full[s]   completed by the bytes of both operands and the scales of stage s; consumers wait for it
-//   empty[s]  completed by every consumer warp, of every CTA that a multicast writes to; producers wait for
-//   it received  completed once by the partial sums of the cluster's other CTAs (split-K)
+//   empty[s]  completed by every consumer warp, of every CTA that a multicast writes to; producers wait
+//   received  completed once, by the partial sums of the cluster's other CTAs (split-K); consumers wait
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -35,9 +35,8 @@ struct Pipeline {
     ptx::fence_mbarrier_init();
   }
 
-  __device__ void wait_empty() {
-    ptx::mbarrier_wait(&shared.empty[stage], phase ^ 1);
-  }  // passes at once at first
+  // The opposite parity: the first round passes at once.
+  __device__ void wait_empty() { ptx::mbarrier_wait(&shared.empty[stage], phase ^ 1); }
   __device__ void wait_full() {
     if (!ready) ptx::mbarrier_wait(&shared.full[stage], phase);
     ready = false;

@@ -1,4 +1,4 @@
-// The shared memory of a CTA, as a struct; README.md draws it. Its size is checked against what Python
+// The shared memory of a CTA, as a struct; README.md has its map. Its size is checked against what Python
 // allocates.
 #pragma once
 
@@ -27,8 +27,8 @@ struct alignas(1024) SharedStorage {
   // Tiles in the 128-byte swizzle repeat every 1024 bytes, so each starts at a multiple of that.
   alignas(1024) u8 lhs[kStages][T::kLhsBytes];
   alignas(1024) u8 rhs[kStages][T::kRhsBytes];
-  alignas(
-      1024) u8 out[kOut > 0 ? kOut : 1];  // chunks on their way to global memory, or received partial sums
+  // Chunks on their way to global memory, or received partial sums.
+  alignas(1024) u8 out[kOut > 0 ? kOut : 1];
   alignas(16) float lhs_scale[kStages][Config::kBlockM];
   alignas(16) float rhs_scale[kStages][T::kRhsScales];
   alignas(16) u64 full[kStages];

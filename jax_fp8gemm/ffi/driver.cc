@@ -41,8 +41,8 @@ ffi::ErrorOr<Driver> Open() {
 }  // namespace
 
 const ffi::ErrorOr<Driver>& Driver::Get() {
-  static const auto& driver =
-      *new ffi::ErrorOr<Driver>(Open());  // leaked: states may outlive static destructors
+  // Leaked: states may outlive static destructors.
+  static const auto& driver = *new ffi::ErrorOr<Driver>(Open());
   return driver;
 }
 

@@ -14,8 +14,8 @@ struct Registry {
 };
 
 Registry& GetRegistry() {
-  static Registry& registry =
-      *new Registry;  // leaked: XLA may still instantiate while static objects are destroyed
+  // Leaked: XLA may still instantiate while static objects are destroyed.
+  static Registry& registry = *new Registry;
   return registry;
 }
 

@@ -19,9 +19,8 @@ class Library {
   static ffi::ErrorOr<std::shared_ptr<const Library>> Load(const Driver& driver, std::string_view cubin);
 
   Library(const Driver& driver, CUlibrary library) : driver_(driver), library_(library) {}
-  ~Library() {
-    driver_.cuLibraryUnload(library_);
-  }  // fails only where the process, and so the driver, is ending
+  // Fails only where the process, and so the driver, is ending.
+  ~Library() { driver_.cuLibraryUnload(library_); }
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 

@@ -63,8 +63,7 @@ struct Plan {
 ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> launch,
                               ffi::Span<const int64_t> arguments);
 
-// In words, for errors: "kernel fp8_gemm, grid (132, 1, 1), cluster (2, 1, 1), 384 threads, 221184 bytes of
-// ...".
+// In words, for errors: "kernel fp8_gemm, grid (132, 1, 1), cluster (2, 1, 1), 384 threads, ...".
 std::string Describe(const Plan& plan);
 std::string Describe(const TensorMap& map);
 
