@@ -1,6 +1,5 @@
 """FP8 GEMMs with block scales for JAX, on hand-written Hopper kernels."""
 
-
 from jax_fp8gemm.gemm import fp8_gemm
 from jax_fp8gemm.primitives import export_checks, save_gemms
 from jax_fp8gemm.quantize import dequantize, quantize

@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+import jax_fp8gemm
+
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = {".py", ".cuh", ".json"}
 
@@ -49,6 +51,12 @@ def test_contents(site):
     others = {path.relative_to(package) for path in package.rglob("*.*") if path.suffix not in SOURCES}
     assert [(str(path.parent), path.name.split(".")[0]) for path in others] == [("ffi", "_ffi")]
     assert len(list(site.glob("*.dist-info/licenses/LICENSE"))) == 1
+
+
+def test_version(wheel):
+    """Written once, in the package: the wheel and the README's citation follow."""
+    assert wheel.name.startswith(f"jax_fp8gemm-{jax_fp8gemm.__version__}-")
+    assert f"version = {{{jax_fp8gemm.__version__}}}" in (ROOT / "README.md").read_text()
 
 
 def test_stable_abi(wheel):
