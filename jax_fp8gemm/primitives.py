@@ -112,7 +112,7 @@ def match_varying(*arrays):
 
 
 def _gemm_result(lhs, lhs_scale, rhs, rhs_scale, *accumulator, out_dtype, batch_invariant):
-    return (max(lhs.shape[0], rhs.shape[0]), lhs.shape[1], rhs.shape[1]), out_dtype
+    return (reference.batch_size(lhs.shape[0], rhs.shape[0]), lhs.shape[1], rhs.shape[1]), out_dtype
 
 
 def _gemm_reference(*operands, out_dtype, batch_invariant):
@@ -126,7 +126,7 @@ def _gemm_hopper(lhs, lhs_scale, rhs, rhs_scale, *accumulator, out_dtype, batch_
     if padding := -lhs.shape[2] % TMA_ALIGNMENT:
         lhs, rhs = (jnp.pad(x, ((0, 0), (0, 0), (0, padding))) for x in (lhs, rhs))
     (lhs_batch, m, k), (rhs_batch, n, _) = lhs.shape, rhs.shape
-    batch = max(lhs_batch, rhs_batch)
+    batch = reference.batch_size(lhs_batch, rhs_batch)
     rhs_scale_rows = reference.rows_per_scale(rhs, rhs_scale)
     plan = compiler.build(GemmProblem(
         m, n, k, batch, lhs_batched=lhs_batch == batch, rhs_batched=rhs_batch == batch,
@@ -181,7 +181,7 @@ def _batch_over_rows(bind, lhs, rhs, accumulator, size):
 
 def _batch_over_groups(bind, lhs, rhs, accumulator, size, lhs_mapped):
     """rhs, rhs_scale, accumulator [size, B, *, *]: the axis folds into B. Returns [size, B, M, N]."""
-    batch = max(lhs[0].shape[-3], rhs[0].shape[1])
+    batch = reference.batch_size(lhs[0].shape[-3], rhs[0].shape[1])
 
     def fold(x):
         return jnp.broadcast_to(x, (size, batch, *x.shape[-2:])).reshape(size * batch, *x.shape[-2:])

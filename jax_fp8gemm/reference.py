@@ -68,10 +68,15 @@ def gemm(lhs, lhs_scale, rhs, rhs_scale, accumulator=None, *, out_dtype):
         return take_scales(lhs_scale)[:, :, None] * columns * part
 
     if k == 0:
-        out = jnp.zeros((max(lhs_batch, rhs_batch), m, n), jnp.float32)
+        out = jnp.zeros((batch_size(lhs_batch, rhs_batch), m, n), jnp.float32)
     else:
         out = lax.fori_loop(1, ceil_div(k, SCALE_BLOCK), lambda k_block, out: out + block(k_block), block(0))
     return (out if accumulator is None else accumulator + out).astype(out_dtype)
+
+
+def batch_size(lhs_batch, rhs_batch):
+    """The leading axis of a product: an operand's 1 is shared by the whole batch, which may be empty."""
+    return lhs_batch if rhs_batch == 1 else rhs_batch
 
 
 def rows_per_scale(values, scales):

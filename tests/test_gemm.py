@@ -137,6 +137,17 @@ def test_vmap_with_an_accumulator(rng, axes):
         assert_within_bound(out[i], a, b, accumulator=c)
 
 
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, 0), (0, None, 0), (None, None, 0), (None, 0, None),
+                                  (0, None, None)])
+@pytest.mark.parametrize("k", [260, 0])
+def test_vmap_over_nothing(axes, k):
+    lead = [() if axis is None else (0,) for axis in axes]
+    lhs, rhs = quantize(jnp.ones((*lead[0], 9, k))), quantize(jnp.ones((*lead[1], 140, k)), SQUARE_BLOCKS)
+    out = jax.vmap(lambda x, w, a: fp8_gemm(x, w, out_dtype=jnp.float32, accumulator=a), axes)(
+        lhs, rhs, jnp.ones((*lead[2], 9, 140)))
+    assert out.shape == (0, 9, 140)
+
+
 def test_vmap_along_other_axes(rng):
     lhs, rhs = operand(rng, (3, 9, 260)), operand(rng, (140, 260), SQUARE_BLOCKS)
     moved = ScaledArray.tree_unflatten(ROW_BLOCKS, [jnp.moveaxis(x, 0, 1) for x in (lhs.values, lhs.scales)])
