@@ -157,6 +157,7 @@ struct Mainloop {
   static constexpr bool kPipelined = kPartials > 1;
   static constexpr int kBatch = kPipelined ? kPartials / T::kNumMmaP : 1;  // blocks of K in flight
   static_assert(!kPipelined || kPartials % T::kNumMmaP == 0);
+  static_assert(kBatch <= Config::kNumStages, "a consumer would wait for a stage that it has not released");
 
   Accumulators<Config>& accumulators;
   Pipeline<Config> ahead;    // where products are started

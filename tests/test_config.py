@@ -29,6 +29,7 @@ LEGAL = GemmConfig(128, 128, 6, out_buffers=1)
     (dict(cluster_n=2, swap_ab=True, block_m=8, num_consumers=1), "cluster_n 2 needs block_m in steps of 16"),
     (dict(split_k=3), "split_k 3 is none of 1, 2, 4, 8"),
     (dict(split_k=2, cluster_m=2), "split-K and multicast both need the cluster"),
+    (dict(block_m=64, num_consumers=1, partials=4, num_stages=3), "partials 4 hold 4 stages, of 3"),
     (dict(split_k=2, num_stages=2), "the partial tile does not fit into 2 stages: it takes 3"),
     (dict(block_m=256, partials=3), "partials 3 is no multiple of a consumer's 2 products for a block of K"),
     (dict(partials=3, block_n=112), "about 268 registers a thread, above 232"),

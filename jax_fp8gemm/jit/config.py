@@ -88,11 +88,14 @@ def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
 
 
 def least_stages(config: GemmConfig) -> int:
-    """Stages without which there is no pipeline or, with split-K, no room in it for the partial tile."""
+    """Stages without which there is no pipeline, a consumer waits for one that it holds itself, or split-K's
+    partial tile has no room."""
+    num_products = warpgroup_tile(config)[0] // MMA_P
+    in_flight = max(LEAST["num_stages"], ceil_div(config.partials, num_products))
     if config.split_k == 1:
-        return LEAST["num_stages"]
+        return in_flight
     partial = 4 * config.block_m * (config.block_n + PARTIAL_PADDING)
-    return max(LEAST["num_stages"], ceil_div(partial, (config.block_m + config.block_n) * SCALE_BLOCK))
+    return max(in_flight, ceil_div(partial, (config.block_m + config.block_n) * SCALE_BLOCK))
 
 
 def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
@@ -142,6 +145,9 @@ def _order_rejection(config: GemmConfig) -> str | None:
     if config.partials > 1 and config.partials % num_products:
         return (f"partials {config.partials} is no multiple of a consumer's {num_products} products for a "
                 "block of K")
+    blocks = config.partials // num_products
+    if config.num_stages < blocks:
+        return f"partials {config.partials} hold {blocks} stages, of {config.num_stages}"
     return None
 
 
