@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_fp8gemm.primitives import IMPLEMENTATIONS, gemm_p, match_varying
-from jax_fp8gemm.scaling import GRANULARITIES, ROW_BLOCKS, ScaledArray
+from jax_fp8gemm.scaling import GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
 _OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
@@ -104,6 +104,9 @@ def _check_operands(lhs, rhs):
 def _check_accumulator(accumulator, out_shape, out_dtype):
     if out_dtype != jnp.float32:
         raise ValueError(f"fp8_gemm: out_dtype: expected float32 with an accumulator, got {out_dtype}")
+    if not is_array(accumulator):
+        raise ValueError(f"fp8_gemm: accumulator: expected float32 of shape {out_shape}, "
+                         f"got {type(accumulator).__name__}")
     if accumulator.dtype != jnp.float32 or accumulator.shape != out_shape:
         raise ValueError(f"fp8_gemm: accumulator: expected float32 of shape {out_shape}, "
                          f"got {accumulator.dtype} of shape {accumulator.shape}")

@@ -59,7 +59,7 @@ class ScaledArray:
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"ScaledArray: expected a granularity of {GRANULARITIES}, got {self.granularity!r}")
-        if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in (self.values, self.scales)):
+        if is_array(self.values) and is_array(self.scales):
             self.validate("ScaledArray")
 
     @property
@@ -76,6 +76,9 @@ class ScaledArray:
 
     def validate(self, name: str) -> None:
         """Raise a ValueError that starts with `name` unless values and scales keep the contract."""
+        for leaf_name, leaf in ("values", self.values), ("scales", self.scales):
+            if not is_array(leaf):
+                raise ValueError(f"{name}.{leaf_name}: expected an array, got {type(leaf).__name__}")
         if self.values.dtype not in FLOAT8_DTYPES:
             raise ValueError(
                 f"{name}.values: expected dtype float8_e4m3fn or float8_e5m2, got {self.values.dtype}")
@@ -109,6 +112,11 @@ jax.export.register_pytree_node_serialization(
     ScaledArray, serialized_name="jax_fp8gemm.ScaledArray",
     serialize_auxdata=lambda granularity: bytes(granularity),
     deserialize_auxdata=lambda data: tuple(data))
+
+
+def is_array(x) -> bool:
+    """Whether `x` is an array, or says as a `ShapeDtypeStruct` does what array is meant."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def scale_shape(shape: tuple[int, ...], granularity: tuple[int, int]) -> tuple[int, ...]:

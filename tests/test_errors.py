@@ -43,6 +43,10 @@ GEMM_MISTAKES = {
     "wrong rhs scales": (
         lambda: fp8_gemm(lhs(), changed(rhs(), scales=jnp.ones((384, 2)))),
         r"rhs\.scales: expected shape \(3, 2\) for values of \(384, 256\) .*, got \(384, 2\)"),
+    "no values": (
+        lambda: fp8_gemm(changed(lhs(), values=None), rhs()), r"lhs\.values: expected an array, got NoneType"),
+    "no scales": (
+        lambda: fp8_gemm(lhs(), changed(rhs(), scales=1.0)), r"rhs\.scales: expected an array, got float"),
     "too many axes": (
         lambda: fp8_gemm(lhs(2, 3, 16, 256), rhs(2, 3, 384, 256)),
         r"lhs: expected two axes, .*\(2, 3, 16, 256\)"),
@@ -69,6 +73,9 @@ GEMM_MISTAKES = {
     "accumulator dtype": (
         lambda: accumulate(jnp.ones((16, 384), jnp.bfloat16)),
         r"accumulator: expected float32 .*got bfloat16"),
+    "accumulator is no array": (
+        lambda: accumulate([[0.0] * 384] * 16),
+        r"accumulator: expected float32 of shape \(16, 384\), got list"),
     "accumulator and bf16 out": (
         lambda: accumulate(jnp.ones((16, 384)), jnp.bfloat16),
         r"out_dtype: expected float32 with an accumulator"),
@@ -93,6 +100,8 @@ QUANTIZE_MISTAKES = {
     "granularity": (lambda: quantize(jnp.ones((2, 128)), (1, 64)), r"granularity of .*, got \(1, 64\)"),
     "dtype": (lambda: quantize(jnp.ones((2, 128)), dtype=jnp.int8), "float8_e4m3fn or float8_e5m2, got int8"),
     "no ScaledArray": (lambda: dequantize(jnp.ones((2, 128))), "expected a ScaledArray, got ArrayImpl"),
+    "no values": (
+        lambda: dequantize(changed(lhs(), values=None)), r"array\.values: expected an array, got NoneType"),
     "unfit scales": (
         lambda: dequantize(changed(lhs(), scales=jnp.ones((1, 1)))),
         r"expected shape \(16, 2\)"),
