@@ -46,8 +46,9 @@ def fp8_gemm(
 
     Raises:
       ValueError: an argument that does not fit: its name, what was expected, what came.
-      NotImplementedError: implementation="hopper" is lowered for something else, or an operand is sharded
-        over an Explicit mesh axis (call it inside `jax.shard_map`).
+      NotImplementedError: implementation="hopper" is lowered for something else, an operand is sharded over
+        an Explicit mesh axis (call it inside `jax.shard_map`), or the kernel would have to be compiled for a
+        size that is symbolic (`jax.export`) or does not fit into 31 bits.
 
     Example:
       >>> w = quantize(jnp.ones((2112, 7168), jnp.bfloat16), granularity=(128, 128))

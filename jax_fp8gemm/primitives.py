@@ -18,7 +18,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AxisType
 
 from jax_fp8gemm import ffi, reference
-from jax_fp8gemm.jit.problem import TMA_ALIGNMENT, GemmProblem
+from jax_fp8gemm.jit.problem import MAX_SIZE, TMA_ALIGNMENT, GemmProblem
 
 HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = (None, "hopper", "reference")
@@ -127,6 +127,7 @@ def _gemm_hopper(lhs, lhs_scale, rhs, rhs_scale, *accumulator, out_dtype, batch_
         lhs, rhs = (jnp.pad(x, ((0, 0), (0, 0), (0, padding))) for x in (lhs, rhs))
     (lhs_batch, m, k), (rhs_batch, n, _) = lhs.shape, rhs.shape
     batch = reference.batch_size(lhs_batch, rhs_batch)
+    _check_sizes(M=m, N=n, K=k, batch=batch)
     rhs_scale_rows = reference.rows_per_scale(rhs, rhs_scale)
     plan = compiler.build(GemmProblem(
         m, n, k, batch, lhs_batched=lhs_batch == batch, rhs_batched=rhs_batch == batch,
@@ -144,6 +145,13 @@ def _gemm_hopper(lhs, lhs_scale, rhs, rhs_scale, *accumulator, out_dtype, batch_
         ffi.TARGET, jax.ShapeDtypeStruct((batch, m, n), out_dtype), input_layouts=layouts,
         output_layouts=row_major, input_output_aliases={4: 0} if accumulator else None)
     return call(lhs, lhs_scale, rhs, rhs_scale, *accumulator, **plan.attributes())
+
+
+def _check_sizes(**sizes):
+    for name, size in sizes.items():
+        if jax.export.is_symbolic_dim(size) or size > MAX_SIZE:
+            raise NotImplementedError(f"fp8_gemm: {name}: the kernel is compiled for a number up to {MAX_SIZE},"
+                                      f" got {size}; use implementation='reference'")
 
 
 def _gemm_batch(axis, operands, dims, **params):

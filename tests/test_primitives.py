@@ -1,5 +1,7 @@
 """The primitive's rules: what is lowered for CUDA, for which platforms, under which transformations."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bounds import assert_within_bound
-from jax_fp8gemm import export_checks, ffi, fp8_gemm, primitives, quantize, save_gemms
+from jax_fp8gemm import ScaledArray, export_checks, ffi, fp8_gemm, primitives, quantize, save_gemms
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.jit.problem import GemmProblem
-from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
+from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS, scale_shape
 
 CALL = f"stablehlo.custom_call @{ffi.TARGET}"
 SHAPE = GemmProblem(m=33, n=200, k=304)  # K = 300, padded
@@ -66,7 +68,7 @@ def test_one_custom_call_with_the_contract_s_layouts(built):
             "tensor<1x2x3xf32>) -> tensor<1x33x200xbf16>") in line
     assert 'cubin = "\\7FELF\\00"' in line
     assert 'entry = "fp8_gemm"' in line
-    assert "launch = dense<[132, 1, 1, 2, 1, 1, 384, 200000, 0]> : tensor<9xi64>" in line
+    assert "launch = dense<[132, 1, 1, 2, 1, 1, 384, 200000]> : tensor<8xi64>" in line
     assert "output_operand_aliases = []" in line or "output_operand_aliases" not in line
     assert built == [SHAPE]
 
@@ -147,6 +149,31 @@ def test_a_batch_of_accumulators_for_one_product_is_one_launch(built):
 def test_empty_problems_never_reach_the_kernel(built, m, n, k):
     assert CALL not in lower_for_cuda(gemm, operand(m, k), weight(n, k))
     assert built == []
+
+
+def abstract(*shape, granularity=ROW_BLOCKS):
+    scales = jax.ShapeDtypeStruct(scale_shape(shape, granularity), jnp.float32)
+    return ScaledArray(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), scales, granularity)
+
+
+@pytest.mark.parametrize(("name", "m", "n", "k"), [
+    ("M", 2**31, 8, 16), ("N", 1, 2**31, 16), ("K", 1, 1, 2**31), ("K", 1, 1, 2**31 - 1)])
+def test_sizes_beyond_31_bits_are_refused(built, name, m, n, k):
+    message = f"fp8_gemm: {name}: .* up to .*, got 2147483648; use implementation='reference'"
+    with pytest.raises(NotImplementedError, match=message):
+        lower_for_cuda(gemm, abstract(m, k), abstract(n, k, granularity=SQUARE_BLOCKS))
+    assert built == []
+
+
+def test_symbolic_sizes_are_refused_but_for_the_reference(built):
+    m, = jax.export.symbolic_shape("m")
+    lhs = ScaledArray(jax.ShapeDtypeStruct((m, 256), jnp.float8_e4m3fn),
+                      jax.ShapeDtypeStruct((m, 2), jnp.float32), ROW_BLOCKS)
+    rhs = abstract(200, 256, granularity=SQUARE_BLOCKS)
+    with pytest.raises(NotImplementedError, match="fp8_gemm: M: .*, got m; use implementation='reference'"):
+        jax.export.export(jax.jit(gemm), platforms=("cuda",))(lhs, rhs)
+    exported = jax.export.export(jax.jit(partial(gemm, implementation="reference")), platforms=("cuda",))
+    assert exported(lhs, rhs).out_avals[0].shape == (m, 200)
 
 
 def test_other_gpus_and_implementation_reference_take_jnp(built, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 SCALE_BLOCK = 128  # K is scaled, and promoted, in blocks of this many elements
+MAX_SIZE = 2**31 - 2**12  # of M, N, K and the batch: coordinates are int32, tiles reach beyond the edge
 TMA_ALIGNMENT = 16  # bytes: the pitch of a row that the copy engine reads or writes
 
 ITEM_BYTES = {"e4m3": 1, "e5m2": 1, "bf16": 2, "f32": 4}
