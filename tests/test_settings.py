@@ -43,6 +43,7 @@ def test_values(monkeypatch, tmp_path):
     ("PRINT_CONFIG", "yes", settings.print_config), ("LINE_INFO", "2", settings.line_info),
     ("NUM_SMS", "0", settings.num_sms), ("NUM_SMS", "-3", settings.num_sms),
     ("NUM_SMS", "many", settings.num_sms),
+    ("CACHE_DIR", "~nobody-at-all/x", settings.cache_dir), ("DUMP_DIR", "~nobody-at-all", settings.dump_dir),
     ("NVCC", "/no/such/nvcc", settings.nvcc), ("LOG", "loud", settings.configure_logging),
 ])
 def test_a_bad_value_is_named(monkeypatch, name, value, read):

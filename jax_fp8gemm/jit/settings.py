@@ -33,6 +33,14 @@ class Variable:
     def error(self, expected: str) -> ValueError:
         return ValueError(f"{self.name}: expected {expected}, got {os.environ[self.name]!r}")
 
+    def path(self) -> pathlib.Path | None:
+        """Its value as a path, the user's home in the place of a leading "~"."""
+        value = self.get()
+        try:
+            return pathlib.Path(value).expanduser() if value else None
+        except RuntimeError:  # pathlib's, for a home that is not known
+            raise self.error("a path, without a ~ where no home is known") from None
+
     def flag(self) -> bool:
         value = (self.get() or "0").lower()
         if value not in ("0", "1", "false", "true"):
@@ -70,18 +78,17 @@ def markdown_table() -> str:
 
 def cache_dir() -> pathlib.Path | None:
     """Folder of compiled kernels and measured configurations; None: keep nothing on disk."""
-    value = CACHE_DIR.get()
-    if value == NO_CACHE:
+    if CACHE_DIR.get() == NO_CACHE:
         return None
-    if value:
-        return pathlib.Path(value).expanduser()
+    given = CACHE_DIR.path()
+    if given is not None:
+        return given
     folder = platformdirs.user_cache_path("jax_fp8gemm", appauthor=False)
     return folder if folder.is_absolute() else None  # a user without a home gets a "~" that nothing expands
 
 
 def dump_dir() -> pathlib.Path | None:
-    value = DUMP_DIR.get()
-    return pathlib.Path(value).expanduser() if value else None
+    return DUMP_DIR.path()
 
 
 def print_config() -> bool:
