@@ -185,6 +185,15 @@ def test_clear_forgets_everything(tmp_path):
     assert compiler.calls == 1
 
 
+def test_clear_counts_what_went(tmp_path, monkeypatch):
+    cache = KernelCache(tmp_path)
+    for name in "abc":
+        cache.get(cache_key(name), lambda: b"cubin")
+    monkeypatch.setattr("jax_fp8gemm.jit.cache.shutil.rmtree",  # the others belong to somebody else
+                        lambda folder, **_: next(folder.glob("*.cubin")).unlink())
+    assert cache.clear() == 1
+
+
 def test_the_process_has_one_cache_per_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path))
     assert kernel_cache() is kernel_cache()

@@ -137,12 +137,12 @@ class KernelCache:
 
     def clear(self) -> int:
         """Forgets all kernels, in memory and on disk; returns how many files went."""
-        count = len(self.entries())
+        entries = self.entries()
         with self._guard:
             self._memory.clear()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-        return count
+        return len(entries) - len(self.entries())
 
 
 @functools.cache
