@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings.configure_logging()
         return options.run(options)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"jax_fp8gemm: {error}", file=sys.stderr)
         return 2
 

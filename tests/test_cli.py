@@ -67,6 +67,14 @@ def test_a_bad_environment_variable_is_said_in_one_line(capsys, monkeypatch):
     assert err == "jax_fp8gemm: JAX_FP8GEMM_NUM_SMS: expected a positive integer, got 'lots'\n"
 
 
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_FP8GEMM_DUMP_DIR", str(tmp_path / "file" / "dumps"))
+    status, _, err = run(capsys, "warmup", "8x8x128")
+    assert status == 2
+    assert err.splitlines()[-1].startswith("jax_fp8gemm: ") and "dumps" in err.splitlines()[-1]
+
+
 def test_read_shapes_from_a_file(tmp_path):
     path = tmp_path / "shapes"
     path.write_text("# decode\n1x2112x7168\n\n64x7168x2048  # twice\n")
