@@ -16,13 +16,13 @@ from jax_fp8gemm import ffi
 from jax_fp8gemm.jit import settings, toolchain, tuned
 from jax_fp8gemm.jit.cache import kernel_cache
 from jax_fp8gemm.jit.device import current_device
+from jax_fp8gemm.primitives import HOPPER
 
 MIN_PYTHON = (3, 11)
 MIN_DRIVER = 13000  # as cuDriverGetVersion counts: CUDA 13.0
-HOPPER = "9.0"
 INSTALL_JAX = 'pip install "jax[cuda13]"'
 INSTALL_DRIVER = "install NVIDIA's driver 580 or newer"
-INSTALL_PACKAGE = "pip install --force-reinstall --no-deps jax_fp8gemm"
+INSTALL_PACKAGE = "pip install --force-reinstall --no-deps ., in a checkout of jax_fp8gemm"
 
 
 @dataclasses.dataclass(frozen=True)

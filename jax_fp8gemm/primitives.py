@@ -18,13 +18,13 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AxisType
 
 from jax_fp8gemm import ffi, reference
+from jax_fp8gemm.jit.custom_call import DTYPES, gemm_call
 from jax_fp8gemm.jit.problem import MAX_SIZE, TMA_ALIGNMENT, GemmProblem
 
 HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = (None, "hopper", "reference")
 
-_DTYPE_NAMES = {jnp.dtype(dtype): name for dtype, name in (
-    (jnp.float8_e4m3fn, "e4m3"), (jnp.float8_e5m2, "e5m2"), (jnp.bfloat16, "bf16"), (jnp.float32, "f32"))}
+_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,36 +122,24 @@ def _gemm_reference(*operands, out_dtype, batch_invariant):
 def _gemm_hopper(lhs, lhs_scale, rhs, rhs_scale, *accumulator, out_dtype, batch_invariant):
     from jax_fp8gemm.jit import compiler  # loads NVRTC's bindings, which only this lowering needs
 
-    ffi.register()
     if padding := -lhs.shape[2] % TMA_ALIGNMENT:
         lhs, rhs = (jnp.pad(x, ((0, 0), (0, 0), (0, padding))) for x in (lhs, rhs))
     (lhs_batch, m, k), (rhs_batch, n, _) = lhs.shape, rhs.shape
     batch = reference.batch_size(lhs_batch, rhs_batch)
     _check_sizes(M=m, N=n, K=k, batch=batch)
-    rhs_scale_rows = reference.rows_per_scale(rhs, rhs_scale)
-    plan = compiler.build(GemmProblem(
+    problem = GemmProblem(
         m, n, k, batch, lhs_batched=lhs_batch == batch, rhs_batched=rhs_batch == batch,
         lhs_dtype=_DTYPE_NAMES[lhs.dtype], rhs_dtype=_DTYPE_NAMES[rhs.dtype],
-        out_dtype=_DTYPE_NAMES[out_dtype], rhs_scale_rows=rhs_scale_rows, accumulate=bool(accumulator),
-        batch_invariant=batch_invariant))
-
-    # NOTES: the kernel reads scales of single rows with the rows fastest. That is asked of XLA's layout
-    # assignment, not of the caller: inside of a jit the quantisation then writes them so, and nothing is
-    # transposed.
-    row_major, rows_fastest = (0, 1, 2), (0, 2, 1)
-    layouts = [row_major, rows_fastest, row_major, rows_fastest if rhs_scale_rows == 1 else row_major,
-               *[row_major for _ in accumulator]]
-    call = jax.ffi.ffi_call(
-        ffi.TARGET, jax.ShapeDtypeStruct((batch, m, n), out_dtype), input_layouts=layouts,
-        output_layouts=row_major, input_output_aliases={4: 0} if accumulator else None)
-    return call(lhs, lhs_scale, rhs, rhs_scale, *accumulator, **plan.attributes())
+        out_dtype=_DTYPE_NAMES[out_dtype], rhs_scale_rows=reference.rows_per_scale(rhs, rhs_scale),
+        accumulate=bool(accumulator), batch_invariant=batch_invariant)
+    return gemm_call(problem, compiler.build(problem))(lhs, lhs_scale, rhs, rhs_scale, *accumulator)
 
 
 def _check_sizes(**sizes):
     for name, size in sizes.items():
         if jax.export.is_symbolic_dim(size) or size > MAX_SIZE:
-            raise NotImplementedError(f"fp8_gemm: {name}: the kernel is compiled for a number up to {MAX_SIZE},"
-                                      f" got {size}; use implementation='reference'")
+            raise NotImplementedError(f"fp8_gemm: {name}: the kernel is compiled for a number up to "
+                                      f"{MAX_SIZE}, got {size}; use implementation='reference'")
 
 
 def _gemm_batch(axis, operands, dims, **params):
@@ -174,7 +162,7 @@ def _gemm_batch(axis, operands, dims, **params):
     if lhs_mapped:
         return _batch_over_rows(bind, lhs, rhs, accumulator, axis.size), 1
     # The accumulator is the last term of the sum, so that adding it to the one product gives the same bits.
-    return accumulator[0] + bind([*lhs, *rhs]), 0
+    return accumulator[0] + bind([*lhs, *rhs])[None], 0
 
 
 def _batch_over_rows(bind, lhs, rhs, accumulator, size):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm import ffi
+from jax_fp8gemm.jit.custom_call import DTYPES, gemm_call
 from jax_fp8gemm.jit.launch import LaunchPlan
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
 
@@ -17,8 +17,6 @@ CHAIN_BYTES = 400e6  # that the calls of a chain read: several times the 50 MB o
 MEMORY_BYTES = 4e9  # at most, of large operands
 MIN_CALLS, MAX_CALLS = 8, 64
 NUM_WARMUPS = 3  # XLA records its CUDA graph in the first runs
-
-DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "bf16": jnp.bfloat16, "f32": jnp.float32}
 
 Sampler = Callable[[], float]
 
@@ -30,7 +28,6 @@ def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Samp
     holds, so that none finds its weights there (where MAX_CALLS of them are enough for that). The time is the
     host's, for the whole chain: the few microseconds of starting it are the same for all plans.
     """
-    ffi.register()
     operands = [random_operands(problem, seed) for seed in range(_num_calls(problem))]
     return [_sampler(problem, plan, operands) for plan in plans]
 
@@ -69,20 +66,12 @@ def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
 
     The accumulator is a tuple of one donated array, or an empty one; it passes through all calls.
     """
-    row_major, rows_fastest = (0, 1, 2), (0, 2, 1)
-    out_type = jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), DTYPES[problem.out_dtype])
-    rhs_per_row = problem.rhs_scale_rows == 1
-    layouts = [row_major, rows_fastest, row_major, rows_fastest if rhs_per_row else row_major]
-    # A side effect keeps results that nobody reads. They share one buffer, so that XLA runs the calls one by
-    # one.
-    call = jax.ffi.ffi_call(
-        ffi.TARGET, out_type, has_side_effect=True, output_layouts=row_major,
-        input_layouts=layouts + [row_major] * problem.accumulate,
-        input_output_aliases={4: 0} if problem.accumulate else None)
+    # The results share one buffer, so that XLA runs the calls one by one.
+    call = gemm_call(problem, plan, has_side_effect=True)
 
     def gemm(lhs, lhs_scale, rhs, rhs_scale, *accumulator):
-        rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if rhs_per_row else rhs_scale
-        return call(lhs, jnp.swapaxes(lhs_scale, 1, 2), rhs, rhs_scale, *accumulator, **plan.attributes())
+        rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if problem.rhs_scale_rows == 1 else rhs_scale
+        return call(lhs, jnp.swapaxes(lhs_scale, 1, 2), rhs, rhs_scale, *accumulator)
 
     def run(operands, accumulator):
         for arrays in operands:
