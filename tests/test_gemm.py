@@ -129,8 +129,9 @@ def test_vmap_with_an_accumulator(rng, axes):
     lead = [() if axis is None else (3,) for axis in axes]
     lhs, rhs = operand(rng, (*lead[0], *shapes[0])), operand(rng, (*lead[1], *shapes[1]), SQUARE_BLOCKS)
     accumulator = jnp.asarray(rng.standard_normal((*lead[2], *shapes[2])), jnp.float32)
-    out = jax.vmap(lambda x, w, a: fp8_gemm(x, w, out_dtype=jnp.float32, accumulator=a), axes)(
-        lhs, rhs, accumulator)
+    with jax.numpy_rank_promotion("raise"):
+        out = jax.vmap(lambda x, w, a: fp8_gemm(x, w, out_dtype=jnp.float32, accumulator=a), axes)(
+            lhs, rhs, accumulator)
     for i in range(3):
         a, b, c = (x if axis is None else at(x, i)
                    for x, axis in zip((lhs, rhs, accumulator), axes, strict=True))
