@@ -9,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo yes)
-EXTRAS := test,bench$(if $(HAS_GPU),$(comma)cuda)
-comma := ,
+EXTRAS := test,bench
+ifneq ($(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),)
+EXTRAS := $(EXTRAS),cuda
+endif
 
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard jax_fp8gemm/ffi/*.cc jax_fp8gemm/ffi/*.h)
 

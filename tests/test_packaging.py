@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -82,6 +83,18 @@ print("libcuda.so" in open("/proc/self/maps").read())
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     out = run(*interpreter, script, str(site), libraries, env=env, cwd=site)
     assert out.split() == ["False"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("gpus", "extras"), [
+    ("GPU 0: NVIDIA H200", "test,bench,cuda"), ("No devices found", "test,bench")])
+def test_make_installs_cuda_where_there_is_a_gpu(tmp_path, gpus, extras):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{gpus}'\n")
+    smi.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    out = run("make", "--dry-run", "--always-make", "test", env=env, cwd=ROOT)
+    assert f"--editable '.[{extras}]'" in out
 
 
 def test_cuda_folder_leaves_the_cuda_packages_alone():
