@@ -1,6 +1,7 @@
 """FP8 GEMMs with block scales for JAX, on hand-written Hopper kernels."""
 
 from jax_fp8gemm.gemm import fp8_gemm
+from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.primitives import export_checks, save_gemms
 from jax_fp8gemm.quantize import dequantize, quantize
 from jax_fp8gemm.scaling import ScaledArray, register_flax_serialization
@@ -12,6 +13,7 @@ __all__ = [
     "dequantize",
     "export_checks",
     "fp8_gemm",
+    "limit_sms",
     "quantize",
     "register_flax_serialization",
     "save_gemms",
