@@ -72,7 +72,8 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_line(capsys, monkeypatch, t
     monkeypatch.setenv("JAX_FP8GEMM_DUMP_DIR", str(tmp_path / "file" / "dumps"))
     status, _, err = run(capsys, "warmup", "8x8x128")
     assert status == 2
-    assert err.splitlines()[-1].startswith("jax_fp8gemm: ") and "dumps" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("jax_fp8gemm: ")
+    assert "dumps" in err.splitlines()[-1]
 
 
 def test_read_shapes_from_a_file(tmp_path):

@@ -44,7 +44,7 @@ GEMM_MISTAKES = {
         lambda: fp8_gemm(lhs(), changed(rhs(), scales=jnp.ones((384, 2)))),
         r"rhs\.scales: expected shape \(3, 2\) for values of \(384, 256\) .*, got \(384, 2\)"),
     "no values": (
-        lambda: fp8_gemm(changed(lhs(), values=None), rhs()), r"lhs\.values: expected an array, got NoneType"),
+        lambda: fp8_gemm(changed(lhs(), values=None), rhs()), r"lhs\.values: expected an array, got None"),
     "no scales": (
         lambda: fp8_gemm(lhs(), changed(rhs(), scales=1.0)), r"rhs\.scales: expected an array, got float"),
     "too many axes": (

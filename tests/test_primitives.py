@@ -170,7 +170,7 @@ def test_symbolic_sizes_are_refused_but_for_the_reference(built):
     lhs = ScaledArray(jax.ShapeDtypeStruct((m, 256), jnp.float8_e4m3fn),
                       jax.ShapeDtypeStruct((m, 2), jnp.float32), ROW_BLOCKS)
     rhs = abstract(200, 256, granularity=SQUARE_BLOCKS)
-    with pytest.raises(NotImplementedError, match="fp8_gemm: M: .*, got m; use implementation='reference'"):
+    with pytest.raises(NotImplementedError, match=r"fp8_gemm: M: .*, got m; use implementation='reference'"):
         jax.export.export(jax.jit(gemm), platforms=("cuda",))(lhs, rhs)
     exported = jax.export.export(jax.jit(partial(gemm, implementation="reference")), platforms=("cuda",))
     assert exported(lhs, rhs).out_avals[0].shape == (m, 200)
