@@ -270,7 +270,9 @@ def main() -> int:
         results[problem] = rows
         failed += sum(bool(row.get("failure")) for row in rows)
         if arguments.out:
-            named = {describe(problem): rows for problem, rows in results.items()}
+            named = [
+                {"problem": dataclasses.asdict(problem), "rows": rows} for problem, rows in results.items()
+            ]
             arguments.out.write_text(json.dumps({"device": device.name, "problems": named}, indent=1))
         if arguments.winners:
             write_winners(arguments.winners, device, results)

@@ -8,18 +8,28 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from jax_fp8gemm.jit import tuned
-from jax_fp8gemm.jit.config import GemmConfig, least_stages, num_tiles, rejection
+from jax_fp8gemm.jit.config import (
+    MAX_REGISTERS,
+    GemmConfig,
+    consumer_registers,
+    least_stages,
+    num_tiles,
+    rejection,
+)
 from jax_fp8gemm.jit.cost import Cost, cost
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
 from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, warpgroup_tile
 
-MAX_STAGES = 16
-P_BLOCKS = {64: (1, 2), 128: (2,), 192: (2, 3), 256: (2,)}  # rows of P: numbers of consumers that suit them
+MAX_STAGES = 14
+P_BLOCKS = {64: (1, 2), 128: (2,), 192: (3,), 256: (2,)}  # rows of P: numbers of consumers that suit them
 Q_BLOCKS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 MAX_SWAPPED_TOKENS = 128  # beyond, the tokens fill wgmma's 64 rows well enough
 SPREADS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8))  # cluster_m, cluster_n, split_k
 RASTER_GROUPS = (4, 8, 16, 32)
+PARTIALS = {1: (1, 2, 4), 2: (1, 2), 3: (1,)}  # by consumers: more of them hide each other's promotion
+FEW_STAGES = 3  # where a further stage is worth more than output buffers, unless K is short
+SHORT_K = 12  # blocks
 MAX_SPLIT_WAVES = 2  # beyond, whole tiles keep the SMs busy
 NUM_REFINED = 16  # candidates whose variants are looked into
 
@@ -36,9 +46,10 @@ def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
             for num_consumers, (cluster_m, cluster_n, split_k) in itertools.product(P_BLOCKS[p], SPREADS):
                 if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
                     continue
+                raster_group = 8 if problem.m > block_m * cluster_m else 1
                 config = GemmConfig(
-                    block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k)
-                yield _with_stages(config, num_stages(problem, config, device))
+                    block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k, raster_group)
+                yield _with_ring(problem, config, device)
 
 
 def _covering(blocks: Iterable[int], size: int) -> Iterator[int]:
@@ -58,16 +69,30 @@ def num_stages(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
     rest = shared_bytes(problem, config) - config.num_stages * tiles
     least = least_stages(config)
     stages = max(least, min(filled, (device.shared_bytes - rest) // tiles))
-    while stages > least and shared_bytes(problem, _with_stages(config, stages)) > device.shared_bytes:
+    while stages > least and shared_bytes(problem, _with(config, num_stages=stages)) > device.shared_bytes:
         stages -= 1  # the rest grows with the stages too, a little
     return stages
 
 
-def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
-    """`config` with other stages; `dataclasses.replace` is slow enough to show here."""
-    return GemmConfig(
-        config.block_m, config.block_n, stages, config.num_consumers, config.swap_ab, config.cluster_m,
-        config.cluster_n, config.split_k, config.raster_group, config.out_buffers, config.partials)
+def _with_ring(problem: GemmProblem, config: GemmConfig, device: Device) -> GemmConfig:
+    """`config` with its stages, with output buffers in balance with them, and a second product in flight.
+
+    That one only where a consumer has 64 rows and registers allow it.
+    """
+    stages = num_stages(problem, config, device)
+    if stages <= FEW_STAGES and config.split_k == 1:
+        config = _with(config, out_buffers=4 if problem.num_k_blocks <= SHORT_K else 1)
+        stages = num_stages(problem, config, device)
+    if warpgroup_tile(config)[0] == MMA_P and 2 in PARTIALS[config.num_consumers]:
+        two = _with(config, num_stages=stages, partials=2)
+        if consumer_registers(problem, two) <= MAX_REGISTERS[config.num_consumers]:
+            return two
+    return _with(config, num_stages=stages)
+
+
+def _with(config: GemmConfig, **changes: int) -> GemmConfig:
+    """`dataclasses.replace`, which is slow enough to show here."""
+    return GemmConfig(**(vars(config) | changes))
 
 
 def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]]:
@@ -84,12 +109,11 @@ def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]
 
 def _variants(problem: GemmProblem, config: GemmConfig, base: Cost,
               device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
-    """`config` with other raster groups, where tiles come in waves, and with products in flight."""
+    """`config` with other raster groups, where tiles come in waves, and other partials."""
     yield config, base
-    num_products = warpgroup_tile(config)[0] // MMA_P
     raster_groups = RASTER_GROUPS if base.waves > 1 and config.split_k == 1 else (config.raster_group,)
-    for raster_group, partials in itertools.product(raster_groups, (1, max(2, num_products))):
-        variant = dataclasses.replace(config, raster_group=raster_group, partials=partials)
+    for raster_group, partials in itertools.product(raster_groups, PARTIALS[config.num_consumers]):
+        variant = _with(config, raster_group=raster_group, partials=partials)
         if rejection(problem, variant, device) is None:
             yield variant, cost(problem, variant, device)
 

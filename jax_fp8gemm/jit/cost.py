@@ -1,16 +1,19 @@
 """What a configuration costs: a model of the kernel's time that has to rank configurations, not to predict.
 
-The kernel is a row of waves. In a wave every CTA walks the K blocks of one tile, and a K block takes as long
-as the slowest of the three that work on it at the same time:
+The kernel is a row of waves. In a wave every CTA walks the K blocks of one tile, and several parts of the SM
+and of the GPU work on a K block at the same time:
 
-  math    the tensor cores, which all consumers of an SM share, or one consumer's own chain of multiplying and
-          promoting;
-  l2      both operands' tiles from L2 through the SM's port (a multicast tile leaves L2 once per cluster);
-  memory  the wave's share of what must come from HBM, limited by HBM, by what one SM takes, and by the bytes
-          that the rings keep in flight.
+  chain    one consumer, from a full stage to the next: multiply, drain, promote;
+  tensor   the tensor cores, which all consumers of an SM share;
+  issue    the instructions of all consumers besides the products: promotion, scales, barriers;
+  port     both operands' tiles into the SM's shared memory;
+  fill     zeros for the tile's rows beyond M, which the copy engine writes row by row;
+  l2       both operands' tiles out of L2, a multicast tile once per cluster;
+  memory   the wave's share of what must come from HBM, as far as the rings keep it in flight.
 
-To the waves come the epilogue of each, the start of the kernel, and split-K's reduction; and the whole can be
-no faster than the power limit lets the tensor cores run.
+They hide each other imperfectly: a K block takes their `OVERLAP`-norm, which is the longest where it stands
+out, and 1.2 times as long where two are equal. To the waves come the epilogue of each, the start of the
+kernel, and split-K's exchange. `benchmarks/score_model.py` compares the choice with measurements.
 """
 
 from __future__ import annotations
@@ -20,113 +23,145 @@ import dataclasses
 from jax_fp8gemm.jit.config import GemmConfig, num_tiles
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import out_chunk, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, out_chunk, rhs_blocks, warpgroup_tile
 
-# Measured on an H200, or fitted to what was measured there. Seconds, bytes, cycles of the SM's clock.
-LAUNCH = 3.0e-6  # a kernel's start and end: first bytes from memory, last bytes to it
-FIRST_LOAD = 0.8e-6  # from a copy's issue to its data, under load: exposed where a CTA starts
-CLUSTER_EXCHANGE = 1.0e-6  # split-K: two cluster barriers and the start of the exchange
-SM_MEMORY_RATE = 50e9  # bytes per second: what one SM takes from memory
-PORT_BYTES = 64  # per cycle: what an SM takes from L2
-PEER_BYTES = 24  # per cycle: what an SM takes from other SMs' shared memory
-STORE_BYTES = 48  # per cycle: registers to shared memory to L2
+MMA_K = 32  # K of one wgmma
+
+# Measured on an H200: by time stamps in the kernel where it says so, else fitted to the times of 7,367
+# kernels of 103 problems (benchmarks/results/2026-11-21-sweep-h200.json.gz). A fitted rate is that of a part
+# left alone under the norm above: the whole never reaches it.
+# Seconds, bytes, cycles of the SM's clock.
+LAUNCH = 0.7e-6  # an empty kernel
+START = 2.8e-6  # a CTA: 4,000 cycles until its first stage is full (time stamps), and its last stores
+CLUSTER = 0.5e-6  # more for CTAs in clusters: launched together, they end together
+OVERLAP = 4  # exponent of the norm
+BARRIER_CYCLES = 95  # of a chain: waits for the stage and for the products, which start empty
+ISSUE_CYCLES = 105  # of a consumer and K block: barriers, scales, descriptors
+COLUMN_SCALE_CYCLES = 3.7  # to pick or multiply a column's scale, the disturbed row of FMAs included
+PORT_BYTES = 80  # per cycle
+FILL_CYCLES = 6  # per row of zeros
+EXCHANGE_BYTES = 9  # per cycle: a CTA's sums to shared memory, to other CTAs, and added up there
+STORE_BYTES = 27  # per cycle: the output from registers to L2
 SHARED_READ_BYTES = 128  # per cycle: what wgmma reads from shared memory
-STEP_LATENCY = 90  # cycles: wait for a stage, drain wgmma, release the stage
-TILE_LATENCY = 400  # cycles: start the pipeline on a tile, end its epilogue
-FULL_BOX = 8192  # bytes: smaller copies do not reach HBM's full rate
-L2_BYTES = 30e6  # what stays of both operands in L2 from one wave to the next
-OVERLAP_LOSS = 0.1  # of each hidden part of a step that shows anyway
+LOAD_LATENCY = 0.8e-6  # from a copy's issue to its data, under load
+L2_BYTES = 37e6  # what stays of both operands in L2 from one wave to the next
+
+STEP_PARTS = ("chain", "tensor", "issue", "port", "fill", "l2", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds that the model expects, by part; `math`, `l2` and `memory` overlap, the longest of them counts.
+    """Seconds that the model expects, by part.
 
     Attributes:
-      math, l2, memory: all K blocks of all waves, if only this part took time.
-      steps: these three together, as they overlap in each wave.
-      power: all multiplications at the rate that the power limit allows.
-      epilogue: stores that no multiplication hides.
-      reduction: split-K's exchange.
+      chain, tensor, issue, port, fill, l2, memory: all K blocks of all waves, if only this part took time.
+      steps: these together, as they overlap.
+      epilogue: stores, which no multiplication hides.
+      start: of the kernel, and of split-K's later waves, since there no CTA outlives its tile.
+      exchange: split-K's sums from CTA to CTA.
       waves: rounds of tiles that an SM computes.
     """
 
-    math: float
+    chain: float
+    tensor: float
+    issue: float
+    port: float
+    fill: float
     l2: float
     memory: float
     steps: float
-    power: float
     epilogue: float
-    reduction: float
+    start: float
+    exchange: float
     waves: int
 
     @property
     def seconds(self) -> float:
-        return LAUNCH + max(self.steps + self.epilogue, self.power) + self.reduction
+        return self.start + self.steps + self.epilogue + self.exchange
 
     @property
     def bound(self) -> str:
-        """The part that takes longest."""
-        return max(("math", "l2", "memory", "power"), key=lambda name: getattr(self, name))
+        """The part of a step that takes longest."""
+        return max(STEP_PARTS, key=lambda name: getattr(self, name))
 
 
 def cost(problem: GemmProblem, config: GemmConfig, device: Device) -> Cost:
     """The model's time of a legal `config`."""
-    tiles = num_tiles(problem, config)
-    ctas = tiles * config.split_k
-    resident = min(ctas, device.num_sms // config.cluster_size * config.cluster_size)
+    ctas = num_tiles(problem, config) * config.split_k
+    resident = min(ctas, _resident_ctas(config, device))
     full_waves, rest = divmod(ctas, resident)
+    waves = full_waves + (rest > 0)
     steps = ceil_div(problem.num_k_blocks, config.split_k)
+    of_sm = _sm_steps(problem, config, device)
     step_bytes = _memory_bytes(problem, config, resident) / (ctas * steps)
 
-    parts, total = [0.0, 0.0, 0.0], 0.0
-    math = _math_step(problem, config, device)
-    for waves, active in ((full_waves, resident), (min(rest, 1), rest)):
-        if waves == 0:
-            continue
-        step = (math, _l2_step(config, device, active), _memory_step(config, device, active, step_bytes))
-        parts = [part + waves * steps * seconds for part, seconds in zip(parts, step)]
-        total += waves * steps * ((1 - OVERLAP_LOSS) * max(step) + OVERLAP_LOSS * sum(step))
-    num_waves = full_waves + (rest > 0)
-    return Cost(
-        *parts, steps=total,
-        power=2 * tiles * config.block_m * config.block_n * problem.num_k_blocks * SCALE_BLOCK
-        / device.flops_per_s,
-        epilogue=num_waves * _epilogue(problem, config, device),
-        reduction=_reduction(config, device, num_waves),
-        waves=num_waves)
+    parts, total = [0.0] * len(STEP_PARTS), 0.0
+    for count, active in ((full_waves * steps, resident), (steps, rest)):
+        if active:
+            step = (*of_sm, _l2_step(config, device, active),
+                    _memory_step(config, device, active, step_bytes))
+            parts = [part + count * seconds for part, seconds in zip(parts, step)]
+            total += count * sum([seconds**OVERLAP for seconds in step]) ** (1 / OVERLAP)
+    epilogue, exchange, starts = waves * _epilogue(problem, config, device), 0.0, 1
+    if config.split_k > 1:
+        epilogue, exchange, starts = 0.0, _exchange(config, device), waves
+    start = LAUNCH + starts * START + (CLUSTER if config.cluster_size > 1 else 0.0)
+    return Cost(*parts, total, epilogue, start, exchange, waves)
 
 
-def _math_step(problem: GemmProblem, config: GemmConfig, device: Device) -> float:
-    """Seconds of one K block's multiplications and promotions, of all consumers of a CTA."""
+def _resident_ctas(config: GemmConfig, device: Device) -> int:
+    """CTAs that run at once: one per SM, but clusters of 4 and 8 find no neighbours for every eleventh SM.
+
+    (cuOccupancyMaxActiveClusters on an H200: 66 clusters of 2, 30 of 4, 15 of 8.)
+    """
+    sms = device.num_sms if config.cluster_size <= 2 else device.num_sms * 10 // 11
+    return max(1, sms // config.cluster_size) * config.cluster_size
+
+
+def _sm_steps(problem: GemmProblem, config: GemmConfig, device: Device) -> list[float]:
+    """Seconds of a K block in the parts of one SM: chain, tensor, issue, port, fill."""
     p, q = warpgroup_tile(config)
-    instructions = SCALE_BLOCK // 32
-    tensor = 2 * 64 * q * 32 / device.flops_per_cycle
-    shared = (64 + q) * 32 / SHARED_READ_BYTES
-    multiply = instructions * max(tensor, shared)
-    # Promotion: an FMA for each of a thread's q / 2 sums, and a product of scales where they differ from sum
-    # to sum.
-    sums = q // 2
-    if problem.rhs_scale_rows == 1:
-        promote = 2 * sums + q // 4
-    elif config.swap_ab:
-        promote = sums + q // 4 + q // 8
-    else:
-        promote = sums + 4
-    parts = p // 64
+    parts, consumers = p // MMA_P, config.num_consumers
+    multiply = SCALE_BLOCK // MMA_K * max(2 * MMA_P * q * MMA_K / device.flops_per_cycle,
+                                          (MMA_P + q) * MMA_K / SHARED_READ_BYTES)
+    promote = _promotion(problem, config)
+    cycles = (
+        parts * _chain(problem, config, multiply, promote),
+        consumers * parts * multiply,
+        consumers * (parts * promote + ISSUE_CYCLES),
+        (config.block_m + config.block_n) * SCALE_BLOCK / PORT_BYTES,
+        max(0, config.block_m - problem.m) * FILL_CYCLES,
+    )
+    return [part / device.clock_hz for part in cycles]
+
+
+def _chain(problem: GemmProblem, config: GemmConfig, multiply: float, promote: float) -> float:
+    """Cycles of a consumer from one product of 64 rows to the next."""
+    single = multiply + promote + BARRIER_CYCLES
     if config.partials == 1:
-        chain = parts * (multiply + promote) + STEP_LATENCY
-    else:  # promotes one product under the multiplications of the others
-        chain = parts * max(multiply, promote) + STEP_LATENCY / config.partials
-    shared_by_all = config.num_consumers * parts * multiply
-    return max(chain, shared_by_all) / device.clock_hz
+        return single
+    # Each product is promoted under the multiplications of the others, but for the last of a batch. Blocks of
+    # K that fill no batch go one by one.
+    batched = max(multiply, promote) + (promote + BARRIER_CYCLES) / config.partials
+    blocks = ceil_div(problem.num_k_blocks, config.split_k)
+    rest = blocks % (config.partials * MMA_P // warpgroup_tile(config)[0])
+    return batched + rest / blocks * (single - batched)
+
+
+def _promotion(problem: GemmProblem, config: GemmConfig) -> float:
+    """Cycles to promote one product: an FMA for each of a thread's sums, and scales that differ by column."""
+    _, q = warpgroup_tile(config)
+    sums = q // 2
+    if problem.rhs_scale_rows == 1:  # each sum has its own product of scales
+        return 2 * sums + q // 4 * COLUMN_SCALE_CYCLES
+    choices = 1 if config.swap_ab else rhs_blocks(config) - 1
+    return sums + choices * (q // 4) * COLUMN_SCALE_CYCLES
 
 
 def _l2_step(config: GemmConfig, device: Device, active: int) -> float:
-    """Seconds until `active` CTAs have one K block of both operands from L2."""
-    arriving = (config.block_m + config.block_n) * SCALE_BLOCK
-    leaving_l2 = (config.block_m / config.cluster_n + config.block_n / config.cluster_m) * SCALE_BLOCK
-    return max(arriving / (PORT_BYTES * device.clock_hz), active * leaving_l2 / device.l2_bytes_per_s)
+    """Seconds until one K block of both operands of `active` CTAs has left L2."""
+    leaving = (config.block_m / config.cluster_n + config.block_n / config.cluster_m) * SCALE_BLOCK
+    return active * leaving / device.l2_bytes_per_s
 
 
 def _memory_bytes(problem: GemmProblem, config: GemmConfig, resident: int) -> float:
@@ -145,10 +180,8 @@ def _memory_bytes(problem: GemmProblem, config: GemmConfig, resident: int) -> fl
 
 def _memory_step(config: GemmConfig, device: Device, active: int, step_bytes: float) -> float:
     """Seconds until `active` CTAs have their share, `step_bytes` each, of the operands from HBM."""
-    box = SCALE_BLOCK * max(config.block_m / config.cluster_n, config.block_n / config.cluster_m)
-    rate = device.hbm_bytes_per_s * min(1.0, (box / FULL_BOX) ** 0.5)
     ring = config.num_stages * (config.block_m + config.block_n) * SCALE_BLOCK
-    return active * step_bytes / min(rate, active * min(ring / FIRST_LOAD, SM_MEMORY_RATE))
+    return active * step_bytes / min(device.hbm_bytes_per_s, active * ring / LOAD_LATENCY)
 
 
 def _epilogue(problem: GemmProblem, config: GemmConfig, device: Device) -> float:
@@ -158,12 +191,10 @@ def _epilogue(problem: GemmProblem, config: GemmConfig, device: Device) -> float
     if not problem.out_is_tma_aligned or out_chunk(problem, config)[1] < 64:
         rate /= 2
     reads = 2 if problem.accumulate else 1
-    return (TILE_LATENCY + reads * size / rate) / device.clock_hz
+    return reads * size / (rate * device.clock_hz)
 
 
-def _reduction(config: GemmConfig, device: Device, waves: int) -> float:
-    """Seconds of split-K's exchange; a wave's CTAs start with empty rings, since none outlives its tile."""
-    if config.split_k == 1:
-        return 0.0
+def _exchange(config: GemmConfig, device: Device) -> float:
+    """Seconds in which split-K's CTAs send each other their sums and add them up."""
     from_peers = 4 * config.block_m * config.block_n * (config.split_k - 1) / config.split_k
-    return CLUSTER_EXCHANGE + from_peers / (PEER_BYTES * device.clock_hz) + (waves - 1) * FIRST_LOAD * 2
+    return from_peers / (EXCHANGE_BYTES * device.clock_hz)

@@ -15,10 +15,9 @@ class Device:
       name: what JAX calls it (`device_kind`).
       num_sms: streaming multiprocessors that a kernel may use.
       flops_per_cycle: FP8 tensor-core operations of one SM (a multiplication and an addition are two).
-      flops_per_s: what the whole GPU sustains of them: power, not the tensor cores, sets it.
       hbm_bytes_per_s: reads from memory, once they stream.
       l2_bytes_per_s: from L2 into all SMs.
-      clock_hz: of the SMs.
+      clock_hz: of the SMs under load: power, not the boost clock, sets it.
       shared_bytes: shared memory that a CTA can have.
       is_limited: whether `num_sms` is fewer than the GPU has, so that kernels must keep to them.
     """
@@ -26,10 +25,9 @@ class Device:
     name: str
     num_sms: int
     flops_per_cycle: int = 8192
-    flops_per_s: float = 1.55e15
-    hbm_bytes_per_s: float = 4.1e12
-    l2_bytes_per_s: float = 7.5e12
-    clock_hz: float = 1.98e9
+    hbm_bytes_per_s: float = 3.45e12
+    l2_bytes_per_s: float = 20e12
+    clock_hz: float = 1.65e9
     shared_bytes: int = 232448
     is_limited: bool = False
 
@@ -49,10 +47,10 @@ class Device:
 H200 = Device("NVIDIA H200", num_sms=132)
 KNOWN_DEVICES = (
     H200,
-    Device("NVIDIA H100 80GB HBM3", num_sms=132, hbm_bytes_per_s=2.9e12),
-    Device("NVIDIA H800", num_sms=132, hbm_bytes_per_s=2.9e12),
-    Device("NVIDIA H100 PCIe", num_sms=114, hbm_bytes_per_s=1.7e12, flops_per_s=1.0e15, clock_hz=1.755e9),
-    Device("NVIDIA H20", num_sms=78, hbm_bytes_per_s=3.4e12, flops_per_s=2.8e14, flops_per_cycle=2048),
+    Device("NVIDIA H100 80GB HBM3", num_sms=132, hbm_bytes_per_s=2.4e12),
+    Device("NVIDIA H800", num_sms=132, hbm_bytes_per_s=2.4e12),
+    Device("NVIDIA H100 PCIe", num_sms=114, hbm_bytes_per_s=1.4e12, clock_hz=1.3e9),
+    Device("NVIDIA H20", num_sms=78, hbm_bytes_per_s=2.9e12, flops_per_cycle=2048),
 )
 
 

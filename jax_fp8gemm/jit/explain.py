@@ -7,11 +7,11 @@ import re
 from jax_fp8gemm.jit.choose import candidates, choose, ranked
 from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig, rejection
-from jax_fp8gemm.jit.cost import Cost, cost
+from jax_fp8gemm.jit.cost import STEP_PARTS, Cost, cost
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import GemmProblem
 
-_PARTS = ("math", "l2", "memory", "power", "epilogue", "reduction")
+_PARTS = (*STEP_PARTS, "epilogue", "start", "exchange")
 _HEADER = "".join(f"{name:>10}" for name in ("total us", *_PARTS)) + "  bound   waves  configuration"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
 
 if TYPE_CHECKING:
     from jax_fp8gemm.jit.config import GemmConfig
@@ -21,7 +21,7 @@ _STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
 
 
 def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple
 
 
 def tile_pq(config: GemmConfig) -> tuple[int, int]:
@@ -35,6 +35,18 @@ def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
     if p // MMA_P % config.num_consumers == 0:
         return p // config.num_consumers, q
     return p, q // config.num_consumers
+
+
+def rhs_blocks(config: GemmConfig) -> int:
+    """Between how many 128-blocks of rhs the columns of a warpgroup choose their scales.
+
+    1 where the compiler knows the choice: `Scales` in cuda/consumer.cuh.
+    """
+    _, q = warpgroup_tile(config)
+    alignment = math.gcd(config.block_n, q, SCALE_BLOCK)
+    if alignment == SCALE_BLOCK:
+        return 1
+    return ceil_div(SCALE_BLOCK - alignment + q, SCALE_BLOCK)
 
 
 def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
