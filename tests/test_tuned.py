@@ -60,12 +60,23 @@ def test_the_exact_m_goes_before_the_nearest_in_the_bucket(tables):
 @pytest.mark.parametrize("facts, serves", [
     (dict(lhs_dtype="e5m2"), True), (dict(rhs_dtype="e5m2"), True), (dict(rhs_batched=False), True),
     (dict(n=7040), False), (dict(k=1920), False), (dict(batch=2), False), (dict(out_dtype="f32"), False),
-    (dict(rhs_scale_rows=1), False), (dict(batch_invariant=True), False),
+    (dict(rhs_scale_rows=1), False), (dict(batch_invariant=True), True),
     (dict(out_dtype="f32", accumulate=True), False),
 ])
 def test_an_entry_serves_what_takes_as_long(tables, facts, serves):
     tuned.add(tables[0], H200, [entry(USERS)])
     assert (choose(dataclasses.replace(PROBLEM, **facts), H200).source == "your table") == serves
+
+
+def test_a_batch_invariant_problem_passes_over_split_k(tables, caplog):
+    invariant = dataclasses.replace(PROBLEM, m=64, batch_invariant=True)
+    split = GemmConfig(64, 128, 8, split_k=2)
+    tuned.add(tables[0], H200, [entry(split, m=64)])
+    tuned.add(tables[1], H200, [entry(SHIPPED, m=57)])
+    assert choose(dataclasses.replace(invariant, batch_invariant=False), H200).config == split
+    assert caplog.text == ""
+    assert choose(invariant, H200) == Choice(SHIPPED, "shipped table")
+    assert "batch_invariant forbids split-K" in caplog.text
 
 
 def test_a_limited_device_has_no_measurements(tables):
