@@ -46,8 +46,9 @@ class GemmProblem:
 
     def __post_init__(self):
         for name in ("m", "n", "k", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GemmProblem.{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"GemmProblem.{name}: expected a whole number of at least 1, got {value!r}")
         if self.k % TMA_ALIGNMENT:
             raise ValueError(f"GemmProblem.k: expected a multiple of {TMA_ALIGNMENT}, got {self.k}")
         for name, allowed in (("lhs_dtype", ("e4m3", "e5m2")), ("rhs_dtype", ("e4m3", "e5m2")),

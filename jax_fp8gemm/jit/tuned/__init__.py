@@ -109,13 +109,16 @@ def _load(path: pathlib.Path, mtime_ns: int, size: int) -> tuple[Entry, ...]:
 def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
     """The measured winner for `problem`, and the table that has it; None where there is none that is legal.
 
-    A limited device has none: the winners were measured on all SMs.
+    A limited device has none: the winners were measured on all SMs. Winners that split K are none for a
+    batch-invariant problem.
     """
     if device.is_limited:
         return None
     near = []
     for order, (name, path) in enumerate(((USER, user_table(device)), (SHIPPED, shipped_table(device)))):
         for entry in load(path):
+            if problem.batch_invariant and entry.config.split_k > 1:
+                continue
             if _facts(entry.problem) == _facts(problem) and bucket(entry.problem.m) == bucket(problem.m):
                 distance = abs(entry.problem.m - problem.m)
                 near.append(((distance > 0, order, distance), entry.config, name))
