@@ -64,14 +64,16 @@ def test_the_winner_is_found_in_spite_of_hiccups_and_remembered(fake_compiler):
     entries, path = autotune(
         [PROBLEM], num_candidates=10, num_rounds=5, samplers=FakeTimer(winner), progress=False)
     assert entries == [tuned.Entry(PROBLEM, winner, pytest.approx(10.0))]
-    assert path == tuned.user_table(H200) and choose(PROBLEM, H200) == Choice(winner, "your table")
+    assert path == tuned.user_table(H200)
+    assert choose(PROBLEM, H200) == Choice(winner, "your table")
 
 
 def test_candidates_are_timed_in_turns(fake_compiler):
     fake = FakeTimer(None)
     autotune([PROBLEM], num_candidates=3, num_rounds=4, samplers=fake, progress=False)
     count = len(set(fake.order))
-    assert count >= 3 and len(fake.order) == 4 * count
+    assert count >= 3
+    assert len(fake.order) == 4 * count
     assert fake.order == fake.order[:count] * 4
 
 
@@ -90,7 +92,8 @@ def test_a_candidate_that_does_not_compile_is_left_out(fake_compiler, caplog):
     fake_compiler.add(first)
     entries, _ = autotune(
         [PROBLEM], num_candidates=2, num_rounds=1, samplers=FakeTimer(second), progress=False)
-    assert entries[0].config == second and "ptxas fatal" in caplog.text
+    assert entries[0].config == second
+    assert "ptxas fatal" in caplog.text
 
 
 def test_no_candidate_that_compiles_is_an_error(monkeypatch):
@@ -111,7 +114,9 @@ def test_tuning_needs_a_folder_for_its_results(monkeypatch):
 def test_progress_is_shown(fake_compiler, capsys):
     autotune([PROBLEM], num_candidates=1, num_rounds=1, samplers=FakeTimer(None))
     shown = capsys.readouterr().err
-    assert "compiling" in shown and "timing 4096x7168x2048 bf16" in shown and "100%" in shown
+    assert "compiling" in shown
+    assert "timing 4096x7168x2048 bf16" in shown
+    assert "100%" in shown
 
 
 PLAN = LaunchPlan(b"cubin", "fp8_gemm", (1, 1, 1), (1, 1, 1), 384, 1024, ())
@@ -129,14 +134,17 @@ def test_the_timed_program_is_the_kernels_and_nothing_else(problem):
     text = lowered.as_text()
     assert text.count(f"custom_call @{ffi.TARGET}") == 3
     work = [line for line in text.splitlines() if "stablehlo." in line and "custom_call" not in line]
-    assert work and all("stablehlo.transpose" in line for line in work), "XLA turns these into layouts"
+    assert work
+    assert all("stablehlo.transpose" in line for line in work), "XLA turns these into layouts"
     for lhs, lhs_scale, rhs, rhs_scale in operands:
         lhs_batch, rhs_batch = (problem.batch if b else 1 for b in (problem.lhs_batched, problem.rhs_batched))
-        assert lhs.shape == (lhs_batch, 7, 512) and lhs_scale.shape == (lhs_batch, 4, 7)
+        assert lhs.shape == (lhs_batch, 7, 512)
+        assert lhs_scale.shape == (lhs_batch, 4, 7)
         assert rhs.shape == (rhs_batch, 256, 512)
         assert rhs_scale.shape == ((rhs_batch, 4, 256) if problem.rhs_scale_rows == 1 else (rhs_batch, 2, 4))
         values = lhs.astype(jnp.float32)
-        assert bool(jnp.isfinite(values).all()) and jnp.unique(values).size > 40
+        assert bool(jnp.isfinite(values).all())
+        assert jnp.unique(values).size > 40
     assert not jnp.array_equal(operands[0][0], operands[1][0])
 
 
@@ -144,7 +152,8 @@ def test_the_timed_program_is_the_kernels_and_nothing_else(problem):
                                      GemmProblem(8192, 8192, 8192), GemmProblem(1, 129280, 65536)])
 def test_a_chain_reads_more_than_l2_holds_where_it_can(problem):
     calls, size = timer._num_calls(problem), (problem.m + problem.n) * problem.k
-    assert 1 <= calls <= 64 and (calls * size <= 4e9 or calls == 1)
+    assert 1 <= calls <= 64
+    assert (calls * size <= 4e9 or calls == 1)
     assert calls * size > 100e6 or calls == 64
 
 

@@ -54,32 +54,35 @@ def test_stages_fill_shared_memory(facts):
     for block_m, block_n in ((128, 128), (128, 112), (256, 128), (64, 160)):
         config = GemmConfig(block_m, block_n, 2)
         stages = num_stages(problem, config, H200)
-        size = lambda count: shared_bytes(problem, dataclasses.replace(config, num_stages=count))
-        assert size(stages) <= H200.shared_bytes < size(stages + 1) or stages == 16
+        size, next_size = (shared_bytes(problem, dataclasses.replace(config, num_stages=count))
+                           for count in (stages, stages + 1))
+        assert size <= H200.shared_bytes < next_size or stages == 16
 
 
 def test_a_cta_with_one_tile_gets_no_more_stages_than_blocks_of_k():
     assert num_stages(GemmProblem(16, 4096, 384), GemmConfig(64, 64, 2), H200) == 3
 
 
-@pytest.mark.parametrize("n, k", DENSE_SHAPES)
+@pytest.mark.parametrize(("n", "k"), DENSE_SHAPES)
 def test_decode_streams_the_weights_through_all_sms(n, k):
     problem = GemmProblem(1, n, k)
     config, price = ranked(problem, H200)[0]
-    assert config.swap_ab and config.block_m == 8
+    assert config.swap_ab
+    assert config.block_m == 8
     assert price.bound == "memory"
     assert num_tiles(problem, config) * config.split_k >= 64  # of 132 SMs
 
 
-@pytest.mark.parametrize("n, k", DENSE_SHAPES)
+@pytest.mark.parametrize(("n", "k"), DENSE_SHAPES)
 def test_large_problems_get_large_tiles(n, k):
     config, price = ranked(GemmProblem(4096, n, k), H200)[0]
-    assert config.block_m * config.block_n >= 128 * 128 and config.split_k == 1
+    assert config.block_m * config.block_n >= 128 * 128
+    assert config.split_k == 1
     assert price.bound == "tensor"
 
 
 @pytest.mark.parametrize("m", [64, 128, 4096])
-@pytest.mark.parametrize("n, k", DENSE_SHAPES)
+@pytest.mark.parametrize(("n", "k"), DENSE_SHAPES)
 def test_the_model_is_within_physics(m, n, k):
     """No faster than the peaks of tensor cores and memory, and within twice what good kernels take."""
     problem = GemmProblem(m, n, k)
@@ -110,7 +113,7 @@ def test_cost_sees_scales_that_columns_choose():
     assert unaligned.issue / 112 > 1.3 * aligned.issue / 128
 
 
-@pytest.mark.parametrize("problem, winner", [
+@pytest.mark.parametrize(("problem", "winner"), [
     (GemmProblem(64, 2112, 7168), GemmConfig(64, 32, 14, 1, split_k=2, raster_group=1, partials=4)),
     (GemmProblem(1, 7168, 16384), GemmConfig(8, 64, 14, 1, swap_ab=True, raster_group=1, partials=4)),
     (GemmProblem(16, 2112, 7168),
@@ -131,7 +134,8 @@ def test_measured_winners_are_among_the_variants(problem, winner):
 def test_cost_sees_wasted_rows():
     problem = GemmProblem(64, 8192, 7168)
     fitting, wasting = (cost(problem, GemmConfig(block_m, 64, 4), H200) for block_m in (64, 256))
-    assert fitting.tensor < wasting.tensor and fitting.seconds < wasting.seconds
+    assert fitting.tensor < wasting.tensor
+    assert fitting.seconds < wasting.seconds
     assert fitting.fill == 0 < wasting.fill
 
 
@@ -141,8 +145,10 @@ def test_limit_gives_a_slower_kernel():
 
 
 def test_devices():
-    assert H200.limited_to(None) is H200 and H200.limited_to(132) is H200
-    assert H200.limited_to(10).num_sms == 10 and H200.limited_to(10).is_limited
+    assert H200.limited_to(None) is H200
+    assert H200.limited_to(132) is H200
+    assert H200.limited_to(10).num_sms == 10
+    assert H200.limited_to(10).is_limited
     assert H200.slug == "nvidia-h200"
     assert find_device("NVIDIA H20").num_sms == 78
     unknown = dataclasses.replace(H200, name="NVIDIA H200 NVL", num_sms=120)
@@ -157,8 +163,11 @@ def test_explain_shows_candidates_rejections_and_the_winner():
     legal, rejected = (sum((rejection(problem, c, H200) is None) is wanted for c in candidates(problem, H200))
                        for wanted in (True, False))
     assert "64x2112x7168 bf16 on NVIDIA H200, 132 SMs" in text
-    assert f"{legal} legal candidates" in text and f"{rejected} rejected candidates" in text
-    assert "registers a thread, above 240" in text and "above 232" not in text.split("rejected")[0]
-    assert text.rstrip().endswith(str(best)) and "winner, by the model:" in text
+    assert f"{legal} legal candidates" in text
+    assert f"{rejected} rejected candidates" in text
+    assert "registers a thread, above 240" in text
+    assert "above 232" not in text.split("rejected")[0]
+    assert text.rstrip().endswith(str(best))
+    assert "winner, by the model:" in text
     shown = text.split("rejected")[0].splitlines()
     assert sum("stages" in line for line in shown) == 5

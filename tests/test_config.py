@@ -12,31 +12,34 @@ DENSE = GemmProblem(4096, 7168, 2048)
 LEGAL = GemmConfig(128, 128, 6, out_buffers=1)
 
 
-@pytest.mark.parametrize("change, reason", [
-    (dict(block_m=0), "block_m 0 is not in 1..256"),
-    (dict(block_n=264), "block_n 264 is not in 1..256"),
-    (dict(block_m=96), "block_m 96 is no multiple of wgmma's 64 rows"),
-    (dict(block_n=100), "block_n 100 is no multiple of 8"),
-    (dict(block_m=64, block_n=24), "block_n 24 is no multiple of 2 consumers x 8"),
-    (dict(swap_ab=True, block_n=96), "block_n 96 is no multiple of wgmma's 64 rows"),
-    (dict(num_consumers=4), "num_consumers 4 is not in (1, 2, 3)"),
-    (dict(num_stages=1), "num_stages 1 is below 2"),
-    (dict(raster_group=0), "raster_group 0 is below 1"),
-    (dict(out_buffers=0), "out_buffers 0 is below 1"),
-    (dict(cluster_m=2, cluster_n=2), "cluster 2x2 is none of 1x1, 2x1, 1x2"),
-    (dict(cluster_m=4), "cluster 4x1 is none of 1x1, 2x1, 1x2"),
-    (dict(cluster_m=2, block_n=120), "cluster_m 2 needs block_n in steps of 16"),
-    (dict(cluster_n=2, swap_ab=True, block_m=8, num_consumers=1), "cluster_n 2 needs block_m in steps of 16"),
-    (dict(split_k=3), "split_k 3 is none of 1, 2, 4, 8"),
-    (dict(split_k=2, cluster_m=2), "split-K and multicast both need the cluster"),
-    (dict(block_m=64, num_consumers=1, partials=4, num_stages=3), "partials 4 hold 4 stages, of 3"),
-    (dict(split_k=2, num_stages=2), "the partial tile does not fit into 2 stages: it takes 3"),
-    (dict(block_m=256, partials=3), "partials 3 is no multiple of a consumer's 2 products for a block of K"),
-    (dict(partials=3, block_n=112), "about 268 registers a thread, above 232"),
-    (dict(block_n=256), "about 300 registers a thread, above 232"),
-    (dict(block_m=192, block_n=136, num_consumers=3, num_stages=4), "about 164 registers a thread, above 152"),
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"block_m": 0}, "block_m 0 is not in 1..256"),
+    ({"block_n": 264}, "block_n 264 is not in 1..256"),
+    ({"block_m": 96}, "block_m 96 is no multiple of wgmma's 64 rows"),
+    ({"block_n": 100}, "block_n 100 is no multiple of 8"),
+    ({"block_m": 64, "block_n": 24}, "block_n 24 is no multiple of 2 consumers x 8"),
+    ({"swap_ab": True, "block_n": 96}, "block_n 96 is no multiple of wgmma's 64 rows"),
+    ({"num_consumers": 4}, "num_consumers 4 is not in (1, 2, 3)"),
+    ({"num_stages": 1}, "num_stages 1 is below 2"),
+    ({"raster_group": 0}, "raster_group 0 is below 1"),
+    ({"out_buffers": 0}, "out_buffers 0 is below 1"),
+    ({"cluster_m": 2, "cluster_n": 2}, "cluster 2x2 is none of 1x1, 2x1, 1x2"),
+    ({"cluster_m": 4}, "cluster 4x1 is none of 1x1, 2x1, 1x2"),
+    ({"cluster_m": 2, "block_n": 120}, "cluster_m 2 needs block_n in steps of 16"),
+    ({"cluster_n": 2, "swap_ab": True, "block_m": 8, "num_consumers": 1},
+     "cluster_n 2 needs block_m in steps of 16"),
+    ({"split_k": 3}, "split_k 3 is none of 1, 2, 4, 8"),
+    ({"split_k": 2, "cluster_m": 2}, "split-K and multicast both need the cluster"),
+    ({"block_m": 64, "num_consumers": 1, "partials": 4, "num_stages": 3}, "partials 4 hold 4 stages, of 3"),
+    ({"split_k": 2, "num_stages": 2}, "the partial tile does not fit into 2 stages: it takes 3"),
+    ({"block_m": 256, "partials": 3},
+     "partials 3 is no multiple of a consumer's 2 products for a block of K"),
+    ({"partials": 3, "block_n": 112}, "about 268 registers a thread, above 232"),
+    ({"block_n": 256}, "about 300 registers a thread, above 232"),
+    ({"block_m": 192, "block_n": 136, "num_consumers": 3, "num_stages": 4},
+     "about 164 registers a thread, above 152"),
     # 7 x 32768 of tiles, 16384 of output, 7 x (4 x (128 + 4) + 16) of scales and barriers, to whole KiB
-    (dict(num_stages=7), "249856 bytes of shared memory, above 232448"),
+    ({"num_stages": 7}, "249856 bytes of shared memory, above 232448"),
 ])
 def test_rejection_says_why(change, reason):
     assert rejection(DENSE, LEGAL, H200) is None
@@ -70,7 +73,7 @@ def test_num_tiles_counts_the_tiles_that_fill_a_cluster():
     assert num_tiles(problem, GemmConfig(64, 128, 4, cluster_n=2)) == 3 * 3 * 4
 
 
-@pytest.mark.parametrize("config, registers, q_scales", [
+@pytest.mark.parametrize(("config", "registers", "q_scales"), [
     (GemmConfig(128, 128, 6), 64 + 64 + 40, 32),  # 64 x 128 a consumer
     (GemmConfig(256, 128, 4), 128 + 64 + 40, 32),  # 128 x 128
     (GemmConfig(128, 192, 4), 96 + 96 + 4 + 40, 48 - 4),  # two blocks of rhs scales
@@ -92,5 +95,6 @@ def test_least_stages_hold_the_padded_partial_tile():
         config = GemmConfig(block_m, block_n, 2, swap_ab=block_m < 64, split_k=2)
         stage, partial = (block_m + block_n) * 128, 4 * block_m * (block_n + 8)
         least = least_stages(config)
-        assert least * stage >= partial and (least == 2 or (least - 1) * stage < partial)
+        assert least * stage >= partial
+        assert (least == 2 or (least - 1) * stage < partial)
         assert least_stages(dataclasses.replace(config, split_k=1)) == 2

@@ -1,12 +1,13 @@
 """What the compiler makes of the kernels that real shapes get: their instructions, registers and stack."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 
 import pytest
-from cuda import pathfinder
 
+from cuda import pathfinder
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import best
 from jax_fp8gemm.jit.config import GemmConfig, rejection
@@ -78,7 +79,8 @@ def test_kernel(source, tmp_path):
     _check_promotion(problem, config, [each for each in instructions if each.is_a("FFMA")])
     assert any("MULTICAST" in each.name for each in instructions) == (config.cluster_m * config.cluster_n > 1)
     usage = _resource_usage(path)
-    assert usage["STACK"] == 0 and not any(each.is_a("LDL", "STL") for each in instructions), "spills"
+    assert usage["STACK"] == 0
+    assert not any(each.is_a("LDL", "STL") for each in instructions), "spills"
     # The launch bound shares 64K registers among all threads; setmaxnreg then moves them to the consumers.
     assert usage["REG"] <= min(255, 65536 // (128 * (1 + config.num_consumers)) // 8 * 8)
 
@@ -110,14 +112,16 @@ def _check_promotion(problem, config, promotions):
     """
     p, q = warpgroup_tile(config)
     sums = p // 64 * (q // 2)
-    assert promotions and len(promotions) % sums == 0
+    assert promotions
+    assert len(promotions) % sums == 0
     if config.num_consumers == 1:
         return
     yields = [promotion.yields for promotion in promotions]
     assert any(yields)
     if not config.swap_ab and problem.rhs_scale_rows != 1 and rhs_blocks(config) == 1:
-        alike = sum(a == b for a, b in zip(yields, yields[1:]))
-        assert 0.4 <= sum(yields) / len(yields) <= 0.6 and alike <= 0.15 * len(yields)
+        alike = sum(a == b for a, b in itertools.pairwise(yields))
+        assert 0.4 <= sum(yields) / len(yields) <= 0.6
+        assert alike <= 0.15 * len(yields)
 
 
 def _disassemble(path):

@@ -57,11 +57,11 @@ def test_the_exact_m_goes_before_the_nearest_in_the_bucket(tables):
     assert choose(PROBLEM, H200) == Choice(SHIPPED, "shipped table")
 
 
-@pytest.mark.parametrize("facts, serves", [
-    (dict(lhs_dtype="e5m2"), True), (dict(rhs_dtype="e5m2"), True), (dict(rhs_batched=False), True),
-    (dict(n=7040), False), (dict(k=1920), False), (dict(batch=2), False), (dict(out_dtype="f32"), False),
-    (dict(rhs_scale_rows=1), False), (dict(batch_invariant=True), True),
-    (dict(out_dtype="f32", accumulate=True), False),
+@pytest.mark.parametrize(("facts", "serves"), [
+    ({"lhs_dtype": "e5m2"}, True), ({"rhs_dtype": "e5m2"}, True), ({"rhs_batched": False}, True),
+    ({"n": 7040}, False), ({"k": 1920}, False), ({"batch": 2}, False), ({"out_dtype": "f32"}, False),
+    ({"rhs_scale_rows": 1}, False), ({"batch_invariant": True}, True),
+    ({"out_dtype": "f32", "accumulate": True}, False),
 ])
 def test_an_entry_serves_what_takes_as_long(tables, facts, serves):
     tuned.add(tables[0], H200, [entry(USERS)])
@@ -89,7 +89,9 @@ def test_an_illegal_entry_is_ignored_with_a_log_line(tables, caplog):
     tuned.add(users, H200, [entry(GemmConfig(128, 256, 4))])
     tuned.add(shipped, H200, [entry(SHIPPED)])
     assert choose(PROBLEM, H200) == Choice(SHIPPED, "shipped table")
-    assert "your table" in caplog.text and "is illegal" in caplog.text and "registers" in caplog.text
+    assert "your table" in caplog.text
+    assert "is illegal" in caplog.text
+    assert "registers" in caplog.text
 
 
 @pytest.mark.parametrize("record", [
@@ -118,7 +120,8 @@ def test_a_broken_table_is_ignored_and_the_next_measurement_mends_it(tables, tex
     users, _ = tables
     users.parent.mkdir(parents=True)
     users.write_text(text)
-    assert choose(PROBLEM, H200).source == "model" and "ignored" in caplog.text
+    assert choose(PROBLEM, H200).source == "model"
+    assert "ignored" in caplog.text
     tuned.add(users, H200, [entry(USERS)])
     assert choose(PROBLEM, H200).config == USERS
 
@@ -141,7 +144,8 @@ def test_json_has_only_what_differs_from_the_defaults():
 
 def test_shipped_tables_are_valid_and_legal(caplog):
     paths = {path.name: path for path in tuned.shipped_table(H200).parent.glob("*.json")}
-    assert set(paths) <= {f"{device.slug}.json" for device in KNOWN_DEVICES} and "nvidia-h200.json" in paths
+    assert set(paths) <= {f"{device.slug}.json" for device in KNOWN_DEVICES}
+    assert "nvidia-h200.json" in paths
     for device in KNOWN_DEVICES:
         path = paths.get(f"{device.slug}.json")
         if path is None:
@@ -151,5 +155,6 @@ def test_shipped_tables_are_valid_and_legal(caplog):
         assert len({e.problem for e in entries}) == len(entries)
         assert len(entries) == len(json.loads(path.read_text())["entries"]), "none was ignored"
         for e in entries:
-            assert rejection(e.problem, e.config, device) is None and e.microseconds > 0.5
+            assert rejection(e.problem, e.config, device) is None
+            assert e.microseconds > 0.5
     assert caplog.text == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
 import statistics
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from jax_fp8gemm.jit import settings, tuned
 from jax_fp8gemm.jit.choose import choose, ranked
 from jax_fp8gemm.jit.compiler import describe
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, current_device
 from jax_fp8gemm.jit.launch import LaunchPlan
 from jax_fp8gemm.jit.plan import plan_gemm
@@ -73,7 +72,7 @@ def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,
     """The plans of the configurations that compile."""
     plans, errors = {}, []
     cubins = compile_all([(problem, config) for config in configs], progress=progress)
-    for config, cubin in zip(configs, cubins):
+    for config, cubin in zip(configs, cubins, strict=True):
         if isinstance(cubin, Exception):
             logger.warning("%s left out of the tuning of %s: %s", config, describe(problem), cubin)
             errors.append(cubin)
@@ -87,7 +86,7 @@ def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,
 def _time(problem: GemmProblem, plans: dict[GemmConfig, LaunchPlan], num_rounds: int, samplers: Samplers,
           progress: bool) -> dict[GemmConfig, float]:
     """The median seconds of each configuration."""
-    sample = dict(zip(plans, samplers(problem, list(plans.values()))))
+    sample = dict(zip(plans, samplers(problem, list(plans.values())), strict=True))
     seconds = {config: [] for config in plans}
     for _ in tqdm(range(num_rounds), desc=f"timing {describe(problem)}", disable=not progress):
         for config in plans:

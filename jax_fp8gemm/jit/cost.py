@@ -100,7 +100,7 @@ def cost(problem: GemmProblem, config: GemmConfig, device: Device) -> Cost:
         if active:
             step = (*of_sm, _l2_step(config, device, active),
                     _memory_step(config, device, active, step_bytes))
-            parts = [part + count * seconds for part, seconds in zip(parts, step)]
+            parts = [part + count * seconds for part, seconds in zip(parts, step, strict=True)]
             total += count * sum([seconds**OVERLAP for seconds in step]) ** (1 / OVERLAP)
     epilogue, exchange, starts = waves * _epilogue(problem, config, device), 0.0, 1
     if config.split_k > 1:
