@@ -21,9 +21,10 @@ import statistics
 
 from jax_fp8gemm.jit.choose import ranked
 from jax_fp8gemm.jit.compiler import describe
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import cost
 from jax_fp8gemm.jit.device import Device, find_device
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem, ceil_div
 
 

@@ -47,7 +47,7 @@ template <class Config>
 struct ChunkWriter<Config, false, 4> {
   using T = Tile<Config>;
   __device__ static void write(u32 chunk, const float (&fragment)[T::kFragment], int c, u32 lane) {
-    constexpr int kGroups = T::kChunkColumns / 8 > 0 ? T::kChunkColumns / 8 : 1;
+    constexpr int kGroups = T::kChunkColumns / 8;
     const u32 row = lane / 4, byte = lane % 4 * 8;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {

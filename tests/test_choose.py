@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_fp8gemm.jit.choose import _variants, candidates, choose, num_stages, ranked
-from jax_fp8gemm.jit.config import GemmConfig, num_tiles, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import LAUNCH, START, cost
 from jax_fp8gemm.jit.device import H200, KNOWN_DEVICES, find_device
 from jax_fp8gemm.jit.explain import explain
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
-from jax_fp8gemm.jit.tile import shared_bytes
+from jax_fp8gemm.jit.tile import num_tiles, shared_bytes
 
 DENSE_SHAPES = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 

@@ -10,8 +10,9 @@ import pytest
 from cuda import pathfinder
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import best
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.tile import rhs_blocks, warpgroup_tile

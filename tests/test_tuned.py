@@ -7,8 +7,9 @@ import pytest
 
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import Choice, choose
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200, KNOWN_DEVICES
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 
 PROBLEM = GemmProblem(4096, 7168, 2048)

@@ -8,18 +8,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from jax_fp8gemm.jit import tuned
-from jax_fp8gemm.jit.config import (
-    MAX_REGISTERS,
-    GemmConfig,
-    consumer_registers,
-    least_stages,
-    num_tiles,
-    rejection,
-)
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import Cost, cost
 from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.legal import MAX_REGISTERS, consumer_registers, least_stages, rejection
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, shared_bytes, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, num_tiles, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 14
 P_BLOCKS = {64: (1, 2), 128: (2,), 192: (3,), 256: (2,)}  # rows of P: numbers of consumers that suit them

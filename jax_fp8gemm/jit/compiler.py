@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from jax_fp8gemm.jit import settings
 from jax_fp8gemm.jit.cache import cache_key, kernel_cache
 from jax_fp8gemm.jit.choose import Choice, choose
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, current_device
 from jax_fp8gemm.jit.launch import LaunchPlan
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.plan import plan_gemm
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source

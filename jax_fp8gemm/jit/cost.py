@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from jax_fp8gemm.jit.config import GemmConfig, num_tiles
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, out_chunk, rhs_blocks, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, num_tiles, out_chunk, rhs_blocks, warpgroup_tile
 
 MMA_K = 32  # K of one wgmma
 

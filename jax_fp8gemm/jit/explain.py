@@ -6,9 +6,10 @@ import re
 
 from jax_fp8gemm.jit.choose import candidates, choose, ranked
 from jax_fp8gemm.jit.compiler import describe
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import STEP_PARTS, Cost, cost
 from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 
 _PARTS = (*STEP_PARTS, "epilogue", "start", "exchange")

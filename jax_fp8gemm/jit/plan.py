@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jax_fp8gemm.jit.config import GemmConfig, num_tiles
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer, Scalar, TensorMap
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem
 from jax_fp8gemm.jit.source import ENTRY
-from jax_fp8gemm.jit.tile import out_chunk, shared_bytes
+from jax_fp8gemm.jit.tile import num_tiles, out_chunk, shared_bytes
 
 # Buffers of the custom call: its operands, then its result. An accumulator comes between and is the result's
 # own memory.

@@ -15,6 +15,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def round_up(value: int, multiple: int) -> int:
+    return ceil_div(value, multiple) * multiple
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmProblem:
     """out[g] = dequantised lhs[g] @ dequantised rhs[g].T (+ out[g]), for g in range(batch).

@@ -1,4 +1,4 @@
-"""What follows from a configuration: the warpgroups' parts of a tile and the shared memory of a CTA.
+"""What follows from a configuration: tiles, the warpgroups' parts of them, the shared memory of a CTA.
 
 The host's half of `cuda/tile.cuh` and `cuda/smem.cuh`; the kernel asserts that both count the same shared
 memory.
@@ -7,21 +7,14 @@ memory.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-
-if TYPE_CHECKING:
-    from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div, round_up
 
 MMA_P = 64  # rows of a wgmma's M side
 WARPS = 4  # of a warpgroup
 PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
 _STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return ceil_div(value, multiple) * multiple
 
 
 def tile_pq(config: GemmConfig) -> tuple[int, int]:
@@ -35,6 +28,13 @@ def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
     if p // MMA_P % config.num_consumers == 0:
         return p // config.num_consumers, q
     return p, q // config.num_consumers
+
+
+def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
+    """Output tiles that the kernel computes, those that fill up a cluster included."""
+    tiles_m = round_up(ceil_div(problem.m, config.block_m), config.cluster_m)
+    tiles_n = round_up(ceil_div(problem.n, config.block_n), config.cluster_n)
+    return problem.batch * tiles_m * tiles_n
 
 
 def rhs_blocks(config: GemmConfig) -> int:
@@ -71,5 +71,5 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
     rhs_scales = config.block_n if problem.rhs_scale_rows == 1 else 4
     scales = config.num_stages * 4 * (config.block_m + rhs_scales)
     barriers = (config.num_stages * 2 + 1) * 8
-    total = _round_up(config.num_stages * stage + out, 16) + scales + barriers
-    return _round_up(total, _STAGE_ALIGNMENT)
+    total = round_up(config.num_stages * stage + out, 16) + scales + barriers
+    return round_up(total, _STAGE_ALIGNMENT)

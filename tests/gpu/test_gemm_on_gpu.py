@@ -18,8 +18,9 @@ from bounds import assert_within_bound
 from jax_fp8gemm import ScaledArray, fp8_gemm, quantize
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.choose import candidates, choose
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import current_device
+from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, TMA_ALIGNMENT, GemmProblem, ceil_div
 from jax_fp8gemm.jit.warmup import compile_all
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS

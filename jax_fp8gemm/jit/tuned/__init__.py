@@ -21,9 +21,10 @@ import tempfile
 import filelock
 
 from jax_fp8gemm.jit import settings
-from jax_fp8gemm.jit.config import GemmConfig, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
-from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.legal import rejection
+from jax_fp8gemm.jit.problem import GemmProblem, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def _set_fields(instance: GemmProblem | GemmConfig) -> dict:
 def bucket(m: int) -> int:
     """The largest M that shares measurements with `m`: buckets of 8 up to 64, then four to each doubling."""
     step = max(8, 2 ** ((m - 1).bit_length() - 3))
-    return -(-m // step) * step
+    return round_up(m, step)
 
 
 def _facts(problem: GemmProblem) -> GemmProblem:

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from jax_fp8gemm.jit.config import GemmConfig, consumer_registers, least_stages, num_tiles, rejection
+from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200
+from jax_fp8gemm.jit.legal import consumer_registers, least_stages, rejection
 from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.tile import num_tiles
 
 DENSE = GemmProblem(4096, 7168, 2048)
 LEGAL = GemmConfig(128, 128, 6, out_buffers=1)
