@@ -49,7 +49,7 @@ def test_explain(capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("explain", 0, 8, 128), "GemmProblem.m: expected at least 1, got 0"),
+    (("explain", 0, 8, 128), "GemmProblem.m: expected a whole number of at least 1, got 0"),
     (("explain", 8, 8, 128, "--accumulate"), "GemmProblem.accumulate: expected out_dtype 'f32', got 'bf16'"),
     (("warmup", "64x64"), "shapes: expected MxNxK, such as 64x2112x7168, or a file of these, got '64x64'"),
 ])
