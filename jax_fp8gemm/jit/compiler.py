@@ -22,7 +22,6 @@ from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.toolchain import compile_source, compiler_identity, disassemble, headers_digest
 
 logger = logging.getLogger(__name__)
-settings.configure_logging()
 
 _override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar(
     "jax_fp8gemm_override", default=None)
@@ -61,6 +60,7 @@ def build(problem: GemmProblem, config: GemmConfig | None = None, *, num_sms: in
       CompileError: the kernel does not compile.
       RuntimeError: there is no compiler; the message says what to install.
     """
+    settings.configure_logging()
     device = (device or current_device()).limited_to(num_sms or settings.num_sms())
     choice = _choose(problem, config, device)
     if settings.print_config():
