@@ -91,7 +91,7 @@ def test_jit_gives_the_same(rng):
     np.testing.assert_array_equal(out, fp8_gemm(lhs, rhs))
 
 
-def products(out, lhs, rhs, lhs_index, rhs_index):
+def assert_products(out, lhs, rhs, lhs_index, rhs_index):
     """Check every [M, N] of out against the operands at the given indices into their leading axes."""
     for index in np.ndindex(out.shape[:-2]):
         a, b = at(lhs, *lhs_index(*index)), at(rhs, *rhs_index(*index))
@@ -119,7 +119,7 @@ def gemm(lhs, rhs):
 def test_vmap(rng, function, lhs_axes, rhs_axes, lhs_index, rhs_index):
     lhs, rhs = operand(rng, (*lhs_axes, 9, 260)), operand(rng, (*rhs_axes, 140, 260), SQUARE_BLOCKS)
     for out in (function(lhs, rhs), jax.jit(function)(lhs, rhs)):
-        products(out, lhs, rhs, lhs_index, rhs_index)
+        assert_products(out, lhs, rhs, lhs_index, rhs_index)
 
 
 @pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, 0), (0, None, 0), (None, None, 0), (0, 0, None),
