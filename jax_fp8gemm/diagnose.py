@@ -16,7 +16,7 @@ from jax_fp8gemm import ffi
 from jax_fp8gemm.jit import settings, toolchain, tuned
 from jax_fp8gemm.jit.cache import kernel_cache
 from jax_fp8gemm.jit.device import current_device
-from jax_fp8gemm.primitives import HOPPER
+from jax_fp8gemm.operation import HOPPER
 
 MIN_PYTHON = (3, 11)
 MIN_DRIVER = 13000  # as cuDriverGetVersion counts: CUDA 13.0

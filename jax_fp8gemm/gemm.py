@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jax_fp8gemm.primitives import IMPLEMENTATIONS, gemm_p, match_varying
+from jax_fp8gemm.operation import IMPLEMENTATIONS, match_varying
+from jax_fp8gemm.primitives import gemm_p
 from jax_fp8gemm.scaling import GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
 _OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -77,8 +78,8 @@ def fp8_gemm(
         if accumulator is not None:
             arrays.append(accumulator)
         operands = [jnp.reshape(x, x.shape if lhs.ndim == 3 else (1, *x.shape)) for x in arrays]
-        out = gemm_p.bind(*match_varying(*operands), out_dtype=out_dtype, implementation=implementation,
-                          batch_invariant=bool(batch_invariant))
+        (out,) = gemm_p.bind(*match_varying(*operands), out_dtype=out_dtype, implementation=implementation,
+                             batch_invariant=bool(batch_invariant))
         return out.reshape(out_shape)
 
 

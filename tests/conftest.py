@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_fp8gemm.primitives import HOPPER
+from jax_fp8gemm.operation import HOPPER
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import readme_table
-from jax_fp8gemm import primitives
+from jax_fp8gemm import operation
 from jax_fp8gemm.jit import settings
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200
@@ -44,7 +44,7 @@ def anchors(path):
 def readme(monkeypatch, tmp_path):
     """The README's names, after all of its Python has run from top to bottom."""
     monkeypatch.setenv(settings.CACHE_DIR.name, str(tmp_path))
-    monkeypatch.setattr(primitives, "targets_hopper", lambda: True)  # whatever GPU is here: it exports
+    monkeypatch.setattr(operation, "targets_hopper", lambda: True)  # whatever GPU is here: it exports
     names = {}
     for block in python_blocks(README):
         exec(compile(block, README, "exec"), names)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bounds import assert_within_bound
-from jax_fp8gemm import ScaledArray, export_checks, ffi, fp8_gemm, primitives, quantize, save_gemms
+from jax_fp8gemm import ScaledArray, export_checks, ffi, fp8_gemm, operation, quantize, save_gemms
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.jit.problem import GemmProblem
@@ -44,7 +44,7 @@ def built(monkeypatch):
         return LaunchPlan(b"\x7fELF\x00", "fp8_gemm", (132, 1, 1), (2, 1, 1), 384, 200_000, buffers)
 
     monkeypatch.setattr(compiler, "build", build)
-    monkeypatch.setattr(primitives, "targets_hopper", lambda: True)
+    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
     return problems
 
 
@@ -105,7 +105,7 @@ def test_k_in_whole_16_is_not_copied(built):
 
 def test_the_call_carries_a_cubin_that_the_compiler_made(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(primitives, "targets_hopper", lambda: True)
+    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
     line = call_line(lower_for_cuda(fp8_gemm, operand(33, 304), weight(200, 304)))
     cubin, = tmp_path.rglob("*.cubin")
     assert 'cubin = "\\7FELF' in line
@@ -179,7 +179,7 @@ def test_symbolic_sizes_are_refused_but_for_the_reference(built):
 def test_other_gpus_and_implementation_reference_take_jnp(built, monkeypatch):
     args = operand(33, 304), weight(200, 304)
     assert CALL not in lower_for_cuda(lambda x, w: gemm(x, w, implementation="reference"), *args)
-    monkeypatch.setattr(primitives, "targets_hopper", lambda: False)
+    monkeypatch.setattr(operation, "targets_hopper", lambda: False)
     text = lower_for_cuda(gemm, *args)
     assert CALL not in text
     assert "stablehlo.dot_general" in text
@@ -194,7 +194,7 @@ class FakeGpu:
 @pytest.mark.parametrize(("gpus", "expected"), [(["9.0"], True), (["8.0"], False), (["9.0", "10.0"], False)])
 def test_hopper_is_compute_capability_9(monkeypatch, gpus, expected):
     monkeypatch.setattr(jax, "local_devices", lambda backend: [FakeGpu(gpu) for gpu in gpus])
-    assert primitives.targets_hopper() is expected
+    assert operation.targets_hopper() is expected
 
 
 def test_cross_compilation_assumes_hopper(monkeypatch):
@@ -202,7 +202,7 @@ def test_cross_compilation_assumes_hopper(monkeypatch):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr(jax, "local_devices", no_cuda)
-    assert primitives.targets_hopper()
+    assert operation.targets_hopper()
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -19,15 +19,28 @@ def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
 
 
+DENSE, RAGGED_M, MASKED, RAGGED_K = KINDS = ("dense", "ragged_m", "masked", "ragged_k")
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmProblem:
-    """out[g] = dequantised lhs[g] @ dequantised rhs[g].T (+ out[g]), for g in range(batch).
+    """out = dequantised lhs @ dequantised rhs.T (+ out), for each of a batch and, in three kinds, each group.
+
+    | kind     | lhs             | rhs             | out             | a group g of `group_sizes` [batch, G]     |
+    |----------|-----------------|-----------------|-----------------|-------------------------------------------|
+    | dense    | [batch, M, K]   | [batch, N, K]   | [batch, M, N]   |                                           |
+    | ragged_m | [batch, M, K]   | [batch, G, N, K]| [batch, M, N]   | rows of lhs and out, after those of g - 1 |
+    | masked   | [batch, G, M, K]| [batch, G, N, K]| [batch, G, M, N]| the first rows of lhs[g] and out[g]       |
+    | ragged_k | [batch, M, K]   | [batch, N, K]   | [batch, G, M, N]| columns of lhs and rhs, from a 128-block on |
 
     Attributes:
-      m, n, k: lhs is [batch, M, K], rhs [batch, N, K], out [batch, M, N]; all at least 1, and K a multiple of
-        16 (the lowering pads K to that; the copy engine needs rows of whole 16 bytes).
-      batch: number of GEMMs of these shapes in the one launch.
+      m, n, k: all at least 1, and K a multiple of 16 (the lowering pads K to that; the copy engine needs rows
+        of whole 16 bytes).
+      batch: number of these in the one launch.
       lhs_batched, rhs_batched: False where the operand has a leading axis of 1, shared by the whole batch.
+      kind: one of KINDS.
+      groups: G; their sizes are known on the device only.
+      expected_m: rows that a group is expected to have. It guides the choice of a configuration, nothing else.
       lhs_dtype, rhs_dtype: "e4m3" or "e5m2".
       out_dtype: "bf16" or "f32".
       rhs_scale_rows: rows of rhs that share a scale: 128 (weights) or 1 (activations). lhs always has 1.
@@ -41,6 +54,9 @@ class GemmProblem:
     batch: int = 1
     lhs_batched: bool = True
     rhs_batched: bool = True
+    kind: str = DENSE
+    groups: int = 1
+    expected_m: int | None = None
     lhs_dtype: str = "e4m3"
     rhs_dtype: str = "e4m3"
     out_dtype: str = "bf16"
