@@ -57,15 +57,15 @@ def time_program() -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jax_fp8gemm import ScaledArray, fp8_gemm
-    from jax_fp8gemm.jit import compiler
+    from jax_fp8gemm.jit import cubin
 
-    compiled_kernels, compile_source = [], compiler.compile_source
+    compiled_kernels, compile_source = [], cubin.compile_source
 
     def counting(*arguments, **options):
         compiled_kernels.append(1)
         return compile_source(*arguments, **options)
 
-    compiler.compile_source = counting
+    cubin.compile_source = counting
     m, n, k = 4096, 4096, 7168
     jax.block_until_ready(jnp.zeros(8))  # starting JAX is not compiling
     lhs = ScaledArray(jnp.zeros((m, k), jnp.float8_e4m3fn), jnp.ones((m, k // 128)), (1, 128))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_fp8gemm.jit import compiler, toolchain
+from jax_fp8gemm.jit import compiler, cubin, toolchain
 from jax_fp8gemm.jit.compiler import build, compile_kernel, override
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200
@@ -37,8 +37,8 @@ def fake_compiler(monkeypatch):
         sources.append(source)
         return f"{options} {source}".encode()
 
-    monkeypatch.setattr(compiler, "compile_source", compile_fake)
-    monkeypatch.setattr(compiler, "compiler_identity", lambda nvcc: f"fake {nvcc}")
+    monkeypatch.setattr(cubin, "compile_source", compile_fake)
+    monkeypatch.setattr(cubin, "compiler_identity", lambda nvcc: f"fake {nvcc}")
     return sources
 
 
@@ -132,9 +132,9 @@ def test_build_compiles_once_for_equal_sources(fake_compiler):
 def test_the_key_has_everything_that_matters(change, fake_compiler, monkeypatch, tmp_path):
     build(PROBLEM, CONFIG)
     if change == "headers":
-        monkeypatch.setattr(compiler, "headers_digest", lambda: "other headers")
+        monkeypatch.setattr(cubin, "headers_digest", lambda: "other headers")
     elif change == "compiler":
-        monkeypatch.setattr(compiler, "compiler_identity", lambda nvcc: "another")
+        monkeypatch.setattr(cubin, "compiler_identity", lambda nvcc: "another")
     elif change == "line info":
         monkeypatch.setenv("JAX_FP8GEMM_LINE_INFO", "1")
     else:
@@ -213,12 +213,12 @@ def test_the_choice_is_printed_when_asked_for(fake_compiler, monkeypatch, capsys
 
 def test_dumps_have_source_ptx_cubin_and_sass(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_FP8GEMM_DUMP_DIR", str(tmp_path / "dump"))
-    cubin = compile_kernel(PROBLEM, CONFIG)
+    compiled = compile_kernel(PROBLEM, CONFIG)
     files = {path.suffix: path for path in (tmp_path / "dump").iterdir()}
     assert set(files) == {".cu", ".ptx", ".cubin", ".sass"}
     (stem,) = {path.stem for path in files.values()}
     assert stem.startswith("fp8_gemm_256x1024_")
-    assert files[".cubin"].read_bytes() == cubin
+    assert files[".cubin"].read_bytes() == compiled
     assert "wgmma.mma_async" in files[".ptx"].read_text()
     assert "QGMMA" in files[".sass"].read_text()
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from jax_fp8gemm.jit import settings
-from jax_fp8gemm.jit.cache import cache_key, kernel_cache
 from jax_fp8gemm.jit.choose import Choice, choose
 from jax_fp8gemm.jit.config import GemmConfig
+from jax_fp8gemm.jit.cubin import find_or_compile
 from jax_fp8gemm.jit.device import Device, current_device
 from jax_fp8gemm.jit.launch import LaunchPlan
 from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.plan import plan_gemm
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
-from jax_fp8gemm.jit.toolchain import compile_source, compiler_identity, disassemble, headers_digest
-
-logger = logging.getLogger(__name__)
 
 _override: contextvars.ContextVar[GemmConfig | None] = contextvars.ContextVar(
     "jax_fp8gemm_override", default=None)
@@ -88,29 +83,5 @@ def describe(problem: GemmProblem) -> str:
 
 def compile_kernel(problem: GemmProblem, config: GemmConfig) -> bytes:
     """The cubin of `problem` under `config`, from the cache where it has one."""
-    source, nvcc, line_info = gemm_source(problem, config), settings.nvcc(), settings.line_info()
-    key = cache_key(source, headers_digest(), f"line info {line_info}", compiler_identity(nvcc))
-
-    def compile_now() -> bytes:
-        logger.info("compiling %s: %s", describe(problem), config)
-        return compile_source(source, line_info=line_info, nvcc=nvcc)
-
-    cubin = kernel_cache().get(key, compile_now)
-    folder = settings.dump_dir()
-    if folder is not None:
-        _dump(folder, f"fp8_gemm_{problem.n}x{problem.k}_{key[:12]}", source, cubin)
-    return cubin
-
-
-def _dump(folder: pathlib.Path, stem: str, source: str, cubin: bytes) -> None:
-    """Writes source, PTX, cubin and, where there is an nvdisasm, SASS."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / stem
-    path.with_suffix(".cu").write_text(source)
-    path.with_suffix(".cubin").write_bytes(cubin)
-    path.with_suffix(".ptx").write_bytes(
-        compile_source(source, output="ptx", line_info=settings.line_info(), nvcc=settings.nvcc()))
-    try:
-        path.with_suffix(".sass").write_text(disassemble(cubin))
-    except RuntimeError as error:
-        logger.warning("no SASS for %s: %s", stem, error)
+    return find_or_compile(gemm_source(problem, config), stem=f"fp8_gemm_{problem.n}x{problem.k}",
+                           description=f"{describe(problem)}: {config}")

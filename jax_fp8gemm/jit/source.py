@@ -9,7 +9,8 @@ from jax_fp8gemm.jit.tile import shared_bytes, warpgroup_tile
 ENTRY = "fp8_gemm"
 
 
-def _constant(name: str, value: bool | int) -> str:
+def constant(name: str, value: bool | int) -> str:
+    """A line of `struct Config`."""
     if isinstance(value, bool):
         return f"  static constexpr bool k{name} = {str(value).lower()};"
     return f"  static constexpr int k{name} = {value};"
@@ -59,7 +60,7 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
     dtypes = problem.lhs_dtype, problem.rhs_dtype
     p_dtype, q_dtype = reversed(dtypes) if config.swap_ab else dtypes
     _, q = warpgroup_tile(config)
-    lines = [_constant(name, value) for name, value in constants.items()]
+    lines = [constant(name, value) for name, value in constants.items()]
     return "\n".join([
         '#include "gemm.cuh"',
         "",
