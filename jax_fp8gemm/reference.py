@@ -9,6 +9,9 @@ how far from exact they can be.
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -55,7 +58,92 @@ def gemm(lhs, lhs_scale, rhs, rhs_scale, accumulator=None, *, out_dtype):
     lhs_scale is [B, M, ceil(K/128)]; rhs_scale has one row per row or per 128 rows of rhs.
     """
     (lhs_batch, m, k), (rhs_batch, n, _) = lhs.shape, rhs.shape
-    rhs_scale_rows = rows_per_scale(rhs, rhs_scale)
+    if k == 0:
+        out = jnp.zeros((batch_size(lhs_batch, rhs_batch), m, n), jnp.float32)
+    else:
+        block = _products_of_blocks(lhs, lhs_scale, rhs, rhs_scale)
+        out = lax.fori_loop(1, ceil_div(k, SCALE_BLOCK), lambda k_block, out: out + block(k_block), block(0))
+    return (out if accumulator is None else accumulator + out).astype(out_dtype)
+
+
+def gemm_ragged_m(lhs, lhs_scale, rhs, rhs_scale, group_sizes, *, out_dtype):
+    """lhs [B, M, K] x rhs [B, G, N, K] -> [B, M, N]: the rows of a group with the rhs of that group.
+
+    Group g has the group_sizes[b, g] rows after those of group g - 1 (`group_bounds`). A row is what `gemm`
+    makes of it with rhs[:, g]; rows of no group are zero. lhs and rhs share leading axes of 1 as in `gemm`.
+    """
+    (_, m, _), (_, num_groups, n, _) = lhs.shape, rhs.shape
+    out = jnp.zeros((group_sizes.shape[0], m, n), out_dtype)
+    if num_groups == 0:
+        return out
+    starts, ends = group_bounds(group_sizes, m)
+
+    def add_group(group, out):
+        take = lambda x: lax.dynamic_index_in_dim(x, group, axis=1, keepdims=False)
+        rows, start, end = jnp.arange(m), take(starts)[:, None], take(ends)[:, None]
+        product = gemm(lhs, lhs_scale, take(rhs), take(rhs_scale), out_dtype=out_dtype)
+        return jnp.where(((start <= rows) & (rows < end))[:, :, None], product, out)
+
+    return lax.fori_loop(0, num_groups, add_group, out)
+
+
+def gemm_masked(lhs, lhs_scale, rhs, rhs_scale, group_sizes, *, out_dtype):
+    """lhs [B, G, M, K] x rhs [B, G, N, K] -> [B, G, M, N]: `gemm` of every group's first rows.
+
+    Those are group_sizes[b, g]. The kernel leaves the other rows of the result alone; here they are NaN, so
+    that a use by mistake shows.
+    """
+    product = jax.vmap(partial(gemm, out_dtype=out_dtype), in_axes=1, out_axes=1)
+    is_valid = jnp.arange(lhs.shape[2]) < group_sizes[:, :, None]
+    return jnp.where(is_valid[..., None], product(lhs, lhs_scale, rhs, rhs_scale), jnp.nan)
+
+
+def gemm_ragged_k(lhs, lhs_scale, rhs, rhs_scale, group_sizes, accumulator=None, *, out_dtype):
+    """lhs [B, M, K] x rhs [B, N, K] -> [B, G, M, N]: `gemm` over the 128-blocks of K of each group.
+
+    Group g has the ceil(group_sizes[b, g] / 128) blocks of K after those of group g - 1 (`group_bounds`); it
+    fills its last block up with zeros. A group without blocks is zero. `accumulator` is [B, G, M, N] f32.
+    """
+    (_, m, k), n, (batch, num_groups) = lhs.shape, rhs.shape[1], group_sizes.shape
+    num_blocks = ceil_div(k, SCALE_BLOCK)
+    ends = group_bounds(group_sizes // SCALE_BLOCK + (group_sizes % SCALE_BLOCK > 0), num_blocks)[1]
+    out = jnp.zeros((batch, num_groups, m, n), jnp.float32)
+    if k > 0:
+        block = _products_of_blocks(lhs, lhs_scale, rhs, rhs_scale)
+
+        def add_block(k_block, out):
+            group = (ends <= k_block).sum(axis=1)  # num_groups where the block is behind the last one
+            return out.at[jnp.arange(batch), group].add(block(k_block), mode="drop")
+
+        out = lax.fori_loop(0, num_blocks, add_block, out)
+    return (out if accumulator is None else accumulator + out).astype(out_dtype)
+
+
+def group_bounds(group_sizes, limit):
+    """Where groups begin and end that lie one after the other: int32 [*, G] -> starts, ends [*, G].
+
+    A negative size counts as zero, and nothing reaches beyond `limit`: sums saturate there, before they could
+    overflow.
+    """
+    saturating_sum = lambda a, b: jnp.minimum(a, limit - b) + b
+    sizes = jnp.clip(group_sizes, 0, limit)
+    ends = lax.associative_scan(saturating_sum, sizes, axis=sizes.ndim - 1)
+    return jnp.pad(ends[..., :-1], ((0, 0),) * (ends.ndim - 1) + ((1, 0),))[..., : ends.shape[-1]], ends
+
+
+def batch_size(lhs_batch, rhs_batch):
+    """The leading axis of a product: an operand's 1 is shared by the whole batch, which may be empty."""
+    return lhs_batch if rhs_batch == 1 else rhs_batch
+
+
+def rows_per_scale(values, scales):
+    """1 or 128: how many rows of [*, R, C] values share a row of scales (1 where both are true: R = 1)."""
+    return 1 if scales.shape[-2] == values.shape[-2] else SCALE_BLOCK
+
+
+def _products_of_blocks(lhs, lhs_scale, rhs, rhs_scale):
+    """k_block -> (lhs_scale * rhs_scale) * (lhs @ rhs.T) of that 128-block of K: [B, M, N] f32."""
+    k, n, rhs_scale_rows = lhs.shape[2], rhs.shape[1], rows_per_scale(rhs, rhs_scale)
     padding = ((0, 0), (0, 0), (0, -k % SCALE_BLOCK))
     lhs, rhs = jnp.pad(lhs, padding), jnp.pad(rhs, padding)
 
@@ -67,21 +155,7 @@ def gemm(lhs, lhs_scale, rhs, rhs_scale, accumulator=None, *, out_dtype):
         columns = jnp.repeat(take_scales(rhs_scale), rhs_scale_rows, axis=1)[:, None, :n]
         return take_scales(lhs_scale)[:, :, None] * columns * part
 
-    if k == 0:
-        out = jnp.zeros((batch_size(lhs_batch, rhs_batch), m, n), jnp.float32)
-    else:
-        out = lax.fori_loop(1, ceil_div(k, SCALE_BLOCK), lambda k_block, out: out + block(k_block), block(0))
-    return (out if accumulator is None else accumulator + out).astype(out_dtype)
-
-
-def batch_size(lhs_batch, rhs_batch):
-    """The leading axis of a product: an operand's 1 is shared by the whole batch, which may be empty."""
-    return lhs_batch if rhs_batch == 1 else rhs_batch
-
-
-def rows_per_scale(values, scales):
-    """1 or 128: how many rows of [B, R, C] values share a row of scales (1 where both are true: R = 1)."""
-    return 1 if scales.shape[1] == values.shape[1] else SCALE_BLOCK
+    return block
 
 
 def _to_blocks(x, granularity):
