@@ -3,7 +3,7 @@
 from jax_fp8gemm.gemm import fp8_gemm
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.primitives import export_checks, save_gemms
-from jax_fp8gemm.quantize import dequantize, quantize
+from jax_fp8gemm.quantize import dequantize, quantize, quantize_swiglu
 from jax_fp8gemm.scaling import ScaledArray, register_flax_serialization
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "fp8_gemm",
     "limit_sms",
     "quantize",
+    "quantize_swiglu",
     "register_flax_serialization",
     "save_gemms",
 ]

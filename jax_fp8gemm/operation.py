@@ -43,7 +43,7 @@ def register(operation: Operation) -> Primitive:
 
     @primitive.def_abstract_eval
     def types_of_results(*operands, implementation, **params):
-        if any(AxisType.Explicit in x.sharding.mesh.axis_types and any(x.sharding.spec) for x in operands):
+        if any(map(is_explicitly_sharded, operands)):
             raise NotImplementedError(f"{operation.name}: an operand is sharded over an Explicit mesh axis; "
                                       "call it inside jax.shard_map")
         return [operands[0].update(shape=shape, dtype=dtype, weak_type=False)
@@ -90,6 +90,11 @@ def targets_hopper() -> bool:
     except RuntimeError:
         return True
     return all(device.compute_capability == HOPPER for device in devices)
+
+
+def is_explicitly_sharded(aval) -> bool:
+    """Whether an array of this type (`jax.typeof`) is sharded over an Explicit mesh axis."""
+    return AxisType.Explicit in aval.sharding.mesh.axis_types and any(aval.sharding.spec)
 
 
 def match_varying(*arrays):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_fp8gemm import reference
-from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray
+from jax_fp8gemm.jit.problem import MASKED, RAGGED_M
+from jax_fp8gemm.operation import IMPLEMENTATIONS, is_explicitly_sharded, match_varying
+from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p
+from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
 _INPUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 
@@ -16,6 +21,8 @@ def quantize(
     x: Float[Array, "*batch R C"],
     granularity: tuple[int, int] = ROW_BLOCKS,
     dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    *,
+    implementation: str | None = None,
 ) -> ScaledArray:
     """Quantise to FP8 with one f32 scale per block.
 
@@ -26,36 +33,142 @@ def quantize(
     * All-zero blocks get the smallest scale, 2^-63, and zeros; so do blocks whose largest magnitude is below
       what that scale can tell from zero. The product of two scales is then never subnormal.
     * NaN and infinities become NaN, alone: the scale is that of the block's finite elements.
-    * The last blocks of R and C may be partial; zero-sized axes are fine.
+    * The last blocks of R and C may be partial; zero-sized axes are fine. A C that is a multiple of 8 is
+      fastest.
+
+    On Hopper this is one kernel, also under `vmap`, and its scales lie in memory as the GEMMs want them.
 
     Args:
       x: [*, R, C] bfloat16, float16 or float32; C is the axis that a GEMM will contract.
       granularity: (1, 128) for activations, (128, 128) for weights.
       dtype: float8_e4m3fn or float8_e5m2.
+      implementation: None takes the kernel on Hopper GPUs, unless a size is symbolic (`jax.export`) or x
+        sharded over an Explicit mesh axis, and plain jnp elsewhere, with the same bits; "hopper" insists on
+        the kernel; "reference" takes jnp (`reference.quantize`) everywhere.
 
     Returns:
       A ScaledArray of the shape of x.
 
     Raises:
-      ValueError: x has fewer than two axes or another dtype, or granularity or dtype is none of those above.
+      ValueError: x has fewer than two axes or another dtype, or granularity, dtype or implementation is none
+        of those above.
+      NotImplementedError: the kernel that implementation="hopper" insists on does not exist.
 
     Example:
       >>> x = quantize(jnp.ones((4, 256), jnp.bfloat16))
       >>> x.shape, x.scales.shape
       ((4, 256), (4, 2))
     """
-    x = jnp.asarray(x)
-    dtype = jnp.dtype(dtype)
-    if x.dtype not in _INPUT_DTYPES:
-        raise ValueError(f"quantize: expected x of dtype bfloat16, float16 or float32, got {x.dtype}")
-    if x.ndim < 2:
-        raise ValueError(f"quantize: expected x with at least two axes, got shape {x.shape}")
+    x, dtype = jnp.asarray(x), jnp.dtype(dtype)
+    _check("quantize", x, dtype, implementation)
     if granularity not in GRANULARITIES:
         raise ValueError(f"quantize: expected a granularity of {GRANULARITIES}, got {granularity!r}")
-    if dtype not in FLOAT8_DTYPES:
-        raise ValueError(f"quantize: expected dtype float8_e4m3fn or float8_e5m2, got {dtype}")
     with jax.named_scope("fp8_quantize"):
-        return ScaledArray(*reference.quantize(x, granularity=granularity, dtype=dtype), granularity)
+        if implementation == "reference" or (implementation is None and not _suits_kernel(x)):
+            return ScaledArray(*reference.quantize(x, granularity=granularity, dtype=dtype), granularity)
+        values, scales = quantize_p.bind(_with_one_batch_axis(x), granularity=granularity, dtype=dtype,
+                                         implementation=implementation)
+        return _with_leading_axes(x, values, scales, granularity)
+
+
+def quantize_swiglu(
+    x: Float[Array, "*batch M 2F"],
+    *,
+    group_sizes: Int32[Array, " G"] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Quantise silu(gate) * up, the activation between the GEMMs of a feed-forward layer, in one pass.
+
+    gate is the first half of x's columns and up the second; silu(gate) = gate / (1 + exp(-gate)). All of it
+    is f32 arithmetic, without a rounding to bfloat16 in between; `quantize` of that, with blocks of 1 x 128,
+    is the result. `exp` differs between platforms in its last bits, so that scales may, and values whose
+    exact number is next to the middle between two of the FP8 format.
+
+    `group_sizes` are those of the GEMM before, on the device; what makes no sense in them counts as there
+    (`fp8_gemm_ragged_m`, `fp8_gemm_masked`):
+
+    * x [M, 2F], rows sorted by group: rows past the sum are not read, and come out as zeros with the smallest
+      scale;
+    * x [G, M, 2F], masked: rows of x[g] from group_sizes[g] on are neither read nor written, and time follows
+      the others. On Hopper they hold whatever memory held; elsewhere they are NaN.
+
+    Args:
+      x: [*, M, 2F] bfloat16, float16 or float32; an F that is a multiple of 8 is fastest.
+      group_sizes: [G] int32, with x as above.
+      dtype: float8_e4m3fn or float8_e5m2.
+      implementation: as for `quantize`; "reference" takes `reference.quantize_swiglu`.
+
+    Returns:
+      A ScaledArray [*, M, F] of granularity (1, 128).
+
+    Raises:
+      ValueError: an argument that does not fit: its name, what was expected, what came.
+      NotImplementedError: the kernel that implementation="hopper" insists on does not exist.
+
+    Example:
+      >>> h = quantize_swiglu(jnp.ones((4, 512), jnp.bfloat16), group_sizes=jnp.array([1, 2], jnp.int32))
+      >>> h.shape, dequantize(h)[2, 0], dequantize(h)[3, 0]
+      ((4, 256), Array(0.730469, dtype=bfloat16), Array(0, dtype=bfloat16))
+    """
+    x, dtype = jnp.asarray(x), jnp.dtype(dtype)
+    _check("quantize_swiglu", x, dtype, implementation)
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"quantize_swiglu: x: expected an even number of columns, gate and up, got shape {x.shape}")
+    kind, sizes = None, []
+    if group_sizes is not None:
+        kind = _kind_of_groups(x, group_sizes)
+        sizes = [group_sizes[None] if kind == RAGGED_M else group_sizes]
+    with jax.named_scope("fp8_quantize_swiglu"):
+        operands = match_varying(_with_one_batch_axis(x), *sizes)
+        if implementation == "reference" or (implementation is None and not _suits_kernel(x, *sizes)):
+            values, scales = reference.quantize_swiglu(*operands, kind=kind, dtype=dtype)
+        else:
+            values, scales = quantize_swiglu_p.bind(*operands, kind=kind, dtype=dtype,
+                                                    implementation=implementation)
+        return _with_leading_axes(x, values, scales, ROW_BLOCKS)
+
+
+def _check(function, x, dtype, implementation):
+    if x.dtype not in _INPUT_DTYPES:
+        raise ValueError(f"{function}: expected x of dtype bfloat16, float16 or float32, got {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"{function}: expected x with at least two axes, got shape {x.shape}")
+    if dtype not in FLOAT8_DTYPES:
+        raise ValueError(f"{function}: expected dtype float8_e4m3fn or float8_e5m2, got {dtype}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+
+
+def _kind_of_groups(x, group_sizes):
+    if not is_array(group_sizes) or group_sizes.dtype != jnp.int32:
+        came = group_sizes.dtype if is_array(group_sizes) else type(group_sizes).__name__
+        raise ValueError(f"quantize_swiglu: group_sizes: expected an int32 array, got {came}")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"quantize_swiglu: x: expected [M, 2F] or [G, M, 2F] with group_sizes, got shape "
+                         f"{x.shape}; use jax.vmap for more")
+    if group_sizes.ndim != 1 or (x.ndim == 3 and group_sizes.shape != x.shape[:1]):
+        expected = "one axis" if x.ndim == 2 else f"shape {x.shape[:1]}, as x has shape {x.shape}"
+        raise ValueError(f"quantize_swiglu: group_sizes: expected {expected}, got shape {group_sizes.shape}")
+    return RAGGED_M if x.ndim == 2 else MASKED
+
+
+def _suits_kernel(*operands):
+    """Whether a kernel can be compiled for these, and run where they are."""
+    return not any(is_explicitly_sharded(jax.typeof(x)) or any(map(jax.export.is_symbolic_dim, x.shape))
+                   for x in operands)
+
+
+def _with_one_batch_axis(x):
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+def _with_leading_axes(x, values, scales, granularity):
+    """The inverse, for the results."""
+    values, scales = (y.reshape(*x.shape[:-2], *y.shape[1:]) for y in (values, scales))
+    return ScaledArray(values, scales, granularity)
 
 
 def dequantize(array: ScaledArray, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Float[Array, "*batch R C"]:

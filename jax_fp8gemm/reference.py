@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, ceil_div
+from jax_fp8gemm.jit.problem import RAGGED_M, SCALE_BLOCK, ceil_div
 
 # The smallest scale: the product of two is still a normal f32.
 MIN_SCALE = 2.0**-63
+NAN_CODE = 0x7F  # of e4m3 and e5m2: what Hopper's conversion makes of NaN
 
 
 def quantize(x, *, granularity, dtype):
@@ -30,15 +31,48 @@ def quantize(x, *, granularity, dtype):
         values = rn_float8(rn(x * rn(1 / scale)));  NaN where x is not finite
 
     NOTES: no division is left to XLA, which turns one by a constant into a product under jit alone, and gives
-    another quotient on a GPU (2 ulp off) than on a CPU.
+    another quotient on a GPU (2 ulp off) than on a CPU. Nor is the code of NaN, which for e5m2 changed from
+    one jaxlib to another.
     """
     info = jnp.finfo(dtype)
     blocks = _to_blocks(x.astype(jnp.float32), granularity)
     finite = jnp.isfinite(blocks)
     amax = jnp.where(finite, jnp.abs(blocks), 0).max(axis=(-3, -1))
     scales = jnp.maximum(amax * jnp.float32(1 / float(info.max)), jnp.float32(MIN_SCALE))
-    scaled = jnp.where(finite, blocks * _per_block(_reciprocal(scales)), jnp.nan)
-    return _from_blocks(_round_to_float8(scaled, info).astype(dtype), x.shape), scales
+    scaled = jnp.where(finite, blocks * _per_block(_reciprocal(scales)), 0)
+    codes = lax.bitcast_convert_type(_round_to_float8(scaled, info).astype(dtype), jnp.uint8)
+    values = lax.bitcast_convert_type(jnp.where(finite, codes, NAN_CODE), dtype)
+    return _from_blocks(values, x.shape), scales
+
+
+def quantize_swiglu(x, *group_sizes, kind, dtype):
+    """x [B, M, 2F], gate | up -> values [B, M, F] of FP8 `dtype`, scales [B, M, ceil(F/128)] f32.
+
+    silu(gate) * up with silu(gate) = gate / (1 + exp(-gate)), in f32, is quantised without being rounded to
+    bf16 in between, in blocks of 1 x 128. A kernel matches up to the rounding of this f32 arithmetic
+    (`exp` is not the same to the bit everywhere), so that a value is another number of the FP8 format only
+    where it lies next to the middle between two.
+
+    kind: None; RAGGED_M, with group sizes [B, G]: rows of x[b] beyond the sum count as zeros; or MASKED, with
+    group sizes [B]: rows of values[b] beyond the size are NaN here, and left alone by the kernel.
+    """
+    rows = x.shape[1]
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=2)
+    y = gate / (1 + jnp.exp(-gate)) * up
+    if kind is not None:
+        (sizes,) = group_sizes
+        valid = valid_rows(sizes, rows) if kind == RAGGED_M else jnp.clip(sizes, 0, rows)
+        is_valid = jnp.arange(rows)[:, None] < valid[:, None, None]
+        y = jnp.where(is_valid, y, 0 if kind == RAGGED_M else jnp.nan)
+    return quantize(y, granularity=(1, SCALE_BLOCK), dtype=dtype)
+
+
+def valid_rows(group_sizes, rows):
+    """[B, G] -> [B]: the sum of a batch's sizes, of which negative ones are zero, and no more than `rows`."""
+    limit = jnp.asarray(rows, jnp.uint32)
+    sizes = jnp.pad(jnp.clip(group_sizes, 0, rows).astype(jnp.uint32), ((0, 0), (1, 0)))
+    running_sums = lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes, axis=1)
+    return running_sums[:, -1].astype(jnp.int32)
 
 
 def dequantize(values, scales, granularity):
