@@ -1,6 +1,12 @@
 """FP8 GEMMs with block scales for JAX, on hand-written Hopper kernels."""
 
-from jax_fp8gemm.gemm import fp8_gemm
+from jax_fp8gemm.gemm import (
+    fp8_gemm,
+    fp8_gemm_masked,
+    fp8_gemm_ragged_k,
+    fp8_gemm_ragged_m,
+    group_sizes_from_ids,
+)
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.primitives import export_checks, save_gemms
 from jax_fp8gemm.quantize import dequantize, quantize, quantize_swiglu
@@ -13,6 +19,10 @@ __all__ = [
     "dequantize",
     "export_checks",
     "fp8_gemm",
+    "fp8_gemm_masked",
+    "fp8_gemm_ragged_k",
+    "fp8_gemm_ragged_m",
+    "group_sizes_from_ids",
     "limit_sms",
     "quantize",
     "quantize_swiglu",

@@ -49,7 +49,7 @@ GEMM_MISTAKES = {
         lambda: fp8_gemm(lhs(), changed(rhs(), scales=1.0)), r"rhs\.scales: expected an array, got float"),
     "too many axes": (
         lambda: fp8_gemm(lhs(2, 3, 16, 256), rhs(2, 3, 384, 256)),
-        r"lhs: expected two axes, .*\(2, 3, 16, 256\)"),
+        r"lhs: expected \[M, K\] or \[B, M, K\], got shape \(2, 3, 16, 256\); use jax.vmap"),
     "a vector": (
         lambda: fp8_gemm(changed(lhs(), values=jnp.ones(256, E4M3)), rhs()),
         r"lhs\.values: expected at least two"),
