@@ -17,22 +17,22 @@ constexpr int kBlockLanes = 16;     // that work on them
 constexpr int kLaneColumns = kBlockColumns / kBlockLanes;
 constexpr float kLargestFloat = 0x1.fffffep127f;
 
-// Formats of the input: storage, and the bits of infinity there.
+// Formats of the input: storage, and the bits of infinity and NaN there.
 struct Bf16 {
   using Storage = u16;
-  static constexpr u32 kInfinityBits = 0x7f80;
+  static constexpr u32 kInfinity = 0x7f80, kQuietNaN = 0x7fc0;
   __device__ static float widen(u32 bits) { return __uint_as_float(bits << 16); }
 };
 
 struct F16 {
   using Storage = u16;
-  static constexpr u32 kInfinityBits = 0x7c00;
+  static constexpr u32 kInfinity = 0x7c00, kQuietNaN = 0x7e00;
   __device__ static float widen(u32 bits) { return ptx::f16_to_f32(static_cast<u16>(bits)); }
 };
 
 struct F32 {
   using Storage = u32;
-  static constexpr u32 kInfinityBits = 0x7f800000;
+  static constexpr u32 kInfinity = 0x7f800000, kQuietNaN = 0x7fc00000;
   __device__ static float widen(u32 bits) { return __uint_as_float(bits); }
 };
 
@@ -79,7 +79,7 @@ struct Chunk {
     if (largest <= kLargestFloat) return largest;
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i)
-      if ((bits(i) & mask(~0u >> 1)) == Format::kInfinityBits) set(i, 1);
+      if ((bits(i) & mask(~0u >> 1)) == Format::kInfinity) set(i, Format::kQuietNaN);
     return max_magnitude();
   }
 
