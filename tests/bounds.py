@@ -30,11 +30,13 @@ that is 1 % off shows.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emulator import FRACTION_BITS, K_BLOCK, K_STEP
+from emulator import FRACTION_BITS, K_BLOCK, K_STEP, group_slices
 
 _TILE = 128
 _STEPS = K_BLOCK // K_STEP
@@ -54,6 +56,28 @@ def assert_within_bound(out, lhs, rhs, *, accumulator=None, split_k=1, random_si
         return 0.0, 0.0
     with jax.enable_x64(True):
         largest, rms = map(np.asarray, _tile_ratios(jnp.asarray(out), lhs, rhs, accumulator, split_k))
+    return _check_ratios(largest, rms, random_signs)
+
+
+def assert_groups_within_bound(out, lhs, rhs, group_sizes, *, kind, accumulator=None, random_signs=False):
+    """`assert_within_bound` of each group of a grouped GEMM; what belongs to no group is not looked at.
+
+    Args:
+      out: as `emulator.gemm_<kind>` returns it.
+      lhs, rhs: ScaledArrays of the shapes that it takes.
+      group_sizes: sequence of G numbers.
+      kind: "ragged_m", "masked" or "ragged_k".
+      accumulator, random_signs: as for `assert_within_bound`.
+    """
+    limit = lhs.scales.shape[1] if kind == "ragged_k" else lhs.shape[-2]
+    slices = group_slices(kind, group_sizes, limit)
+    starts, ends = (np.array([getattr(s, end) for s in slices], np.int32) for end in ("start", "stop"))
+    with jax.enable_x64(True):
+        ratios = _group_tile_ratios(kind, jnp.asarray(out), lhs, rhs, accumulator, starts, ends)
+    return _check_ratios(*map(np.asarray, ratios), random_signs)
+
+
+def _check_ratios(largest, rms, random_signs):
     checks = [(largest, "its largest error")] + [(rms, "its mean square error")] * random_signs
     for ratios, what in checks:
         tile = np.unravel_index(np.argmax(np.nan_to_num(ratios, nan=np.inf)), ratios.shape)
@@ -61,6 +85,30 @@ def assert_within_bound(out, lhs, rhs, *, accumulator=None, split_k=1, random_si
             f"tile {tuple(map(int, tile))} of {ratios.shape}: {what} is {ratios[tile]:.3g} times what is "
             f"possible; {np.sum(~(ratios <= 1))} tiles are out of bounds")
     return float(largest.max()), float(rms.max())
+
+
+@partial(jax.jit, static_argnums=0)
+def _group_tile_ratios(kind, out, lhs, rhs, accumulator, starts, ends):
+    """What `_tile_ratios` gives of each group; all that does not belong to the group is zero there."""
+    pick = lambda array, g: jax.tree.map(lambda leaf: leaf[g], array)
+
+    def of_group(bounds):
+        g, start, end = bounds
+        is_inside = lambda indices: (start <= indices) & (indices < end)
+        keep = lambda mask, array: jax.tree.map(lambda leaf: jnp.where(mask, leaf, leaf.dtype.type(0)), array)
+        if kind == "ragged_k":
+            columns = is_inside(jnp.arange(lhs.shape[1]) // K_BLOCK)
+            blocks = is_inside(jnp.arange(lhs.scales.shape[1]))
+            left, right = (
+                type(x)(keep(columns, x.values), keep(blocks, x.scales), x.granularity) for x in (lhs, rhs))
+            return _tile_ratios(out[g], left, right, pick(accumulator, g), 1)
+        rows = is_inside(jnp.arange(lhs.shape[-2]))[:, None]
+        of_rows = (lambda x: x) if kind == "ragged_m" else partial(pick, g=g)
+        # The weights of a group without rows may be anything.
+        right = keep(start < end, pick(rhs, g))
+        return _tile_ratios(keep(rows, of_rows(out)), keep(rows, of_rows(lhs)), right, None, 1)
+
+    return jax.lax.map(of_group, (np.arange(len(starts)), starts, ends))
 
 
 @jax.jit
@@ -78,8 +126,8 @@ def _tile_ratios(out, lhs, rhs, accumulator, split_k):
     deviation = jnp.sqrt(variance) + bound * 2.0**-20  # exact zeros deviate by nothing
     tiles = lambda x: _to_tiles(x / (_TINY + deviation))
     largest = _to_tiles(error / (_TINY + bound)).max((1, 3))
-    inside = _to_tiles(jnp.ones_like(error)).sum((1, 3))
-    return largest, jnp.sqrt(jnp.square(tiles(error)).sum((1, 3)) / inside)
+    inside = _to_tiles(deviation > 0).sum((1, 3))  # what must be zero is no sample of a deviation
+    return largest, jnp.sqrt(jnp.square(tiles(error)).sum((1, 3)) / jnp.maximum(inside, 1))
 
 
 def _worst_case(lhs, rhs, accumulator, split_k):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -68,6 +69,46 @@ def gemm(lhs, lhs_scale, rhs, rhs_scale, *, accumulator=None, out_dtype=np.float
             out = part if part_idx == 0 else out + part
         out = out if accumulator is None else np.asarray(accumulator, np.float32) + out
     return _canonical(out).astype(out_dtype)
+
+
+def group_slices(kind, group_sizes, limit):
+    """Where each group lies: rows of lhs, or 128-blocks of K for ragged_k, of which there are `limit`.
+
+    A negative size counts as zero, and what does not fit is cut off.
+    """
+    sizes = [max(int(size), 0) for size in group_sizes]
+    if kind == "masked":
+        return [slice(0, min(size, limit)) for size in sizes]
+    if kind == "ragged_k":
+        sizes = [-(-size // K_BLOCK) for size in sizes]
+    ends = [min(end, limit) for end in itertools.accumulate(sizes, initial=0)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def gemm_ragged_m(lhs, lhs_scale, rhs, rhs_scale, group_sizes, **options):
+    """lhs [M, K] x rhs [G, N, K] -> [M, N]: `gemm` of every group's rows; the rows behind them are zero."""
+    out = np.zeros((len(lhs), rhs.shape[1]), options.get("out_dtype", np.float32))
+    for g, rows in enumerate(group_slices("ragged_m", group_sizes, len(lhs))):
+        out[rows] = gemm(lhs[rows], lhs_scale[rows], rhs[g], rhs_scale[g], **options)
+    return out
+
+
+def gemm_masked(lhs, lhs_scale, rhs, rhs_scale, group_sizes, **options):
+    """lhs [G, M, K] x rhs [G, N, K] -> [G, M, N]: `gemm` of every group's first rows; the others are NaN."""
+    out = np.full((*lhs.shape[:2], rhs.shape[1]), np.nan, options.get("out_dtype", np.float32))
+    for g, rows in enumerate(group_slices("masked", group_sizes, lhs.shape[1])):
+        out[g, rows] = gemm(lhs[g, rows], lhs_scale[g, rows], rhs[g], rhs_scale[g], **options)
+    return out
+
+
+def gemm_ragged_k(lhs, lhs_scale, rhs, rhs_scale, group_sizes, *, accumulator=None, **options):
+    """lhs [M, K] x rhs [N, K] -> [G, M, N]: `gemm` over the 128-blocks of K of every group."""
+    groups = []
+    for g, blocks in enumerate(group_slices("ragged_k", group_sizes, lhs_scale.shape[1])):
+        k = slice(blocks.start * K_BLOCK, blocks.stop * K_BLOCK)
+        groups.append(gemm(lhs[:, k], lhs_scale[:, blocks], rhs[:, k], rhs_scale[:, blocks],
+                           accumulator=None if accumulator is None else accumulator[g], **options))
+    return np.stack(groups)
 
 
 def tensor_core(a, b, c=None):

@@ -3,14 +3,15 @@
 import fractions
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 import emulator
-from bounds import assert_within_bound
-from jax_fp8gemm import quantize
+from bounds import assert_groups_within_bound, assert_within_bound
+from jax_fp8gemm import quantize, reference
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -131,3 +132,39 @@ def test_the_bound_catches_a_lost_block_of_k(rng):
     out = emulator.gemm(lhs.values[:, 128:], lhs.scales[:, 1:], rhs.values[:, 128:], rhs.scales[:, 1:])
     with pytest.raises(AssertionError, match="times what is possible"):
         assert_within_bound(out, lhs, rhs)
+
+
+def grouped_operands(rng, kind, m, n, k, num_groups):
+    stack = lambda arrays: jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
+    draws = [operands(rng, m, n, k, ROW_BLOCKS if kind == "ragged_k" else SQUARE_BLOCKS)
+             for _ in range(num_groups)]
+    lhs, rhs = ([draw[i] for draw in draws] for i in (0, 1))
+    return stack(lhs) if kind == "masked" else lhs[0], rhs[0] if kind == "ragged_k" else stack(rhs)
+
+
+GROUPED = [
+    ("ragged_m", 60, 70, 200, [20, 0, -3, 33]), ("ragged_m", 60, 70, 200, [2**31 - 1, 2**31 - 1]),
+    ("masked", 20, 70, 200, [20, 0, 7, 2**31 - 1, -1]), ("ragged_k", 20, 30, 600, [130, 0, 1, 256]),
+    ("ragged_k", 20, 30, 600, [2**31 - 1, 5, -(2**31)]),
+]
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "k", "group_sizes"), GROUPED)
+def test_groups_are_within_the_bound_and_as_the_reference_says(rng, kind, m, n, k, group_sizes):
+    lhs, rhs = grouped_operands(rng, kind, m, n, k, len(group_sizes))
+    arrays = [np.asarray(x) for x in (lhs.values, lhs.scales, rhs.values, rhs.scales)]
+    out = getattr(emulator, f"gemm_{kind}")(*arrays, group_sizes)
+    assert_groups_within_bound(out, lhs, rhs, group_sizes, kind=kind, random_signs=True)
+    batched = [x[None] for x in (*arrays, np.array(group_sizes, np.int32))]
+    expected = getattr(reference, f"gemm_{kind}")(*batched, out_dtype=jnp.float32)[0]
+    np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-2 * np.nanstd(out))
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "k", "group_sizes"), GROUPED)
+def test_an_error_in_one_group_is_found(rng, kind, m, n, k, group_sizes):
+    lhs, rhs = grouped_operands(rng, kind, m, n, k, len(group_sizes))
+    arrays = [np.asarray(x) for x in (lhs.values, lhs.scales, rhs.values, rhs.scales)]
+    out = getattr(emulator, f"gemm_{kind}")(*arrays, group_sizes)
+    out[(0,) * (out.ndim - 1)] *= 1.5  # a row of the first group
+    with pytest.raises(AssertionError, match="possible"):
+        assert_groups_within_bound(out, lhs, rhs, group_sizes, kind=kind)
