@@ -1,13 +1,10 @@
 """What the compiler makes of the kernels that real shapes get: their instructions, registers and stack."""
 
-import dataclasses
 import itertools
 import re
-import subprocess
 
 import pytest
 
-from cuda import pathfinder
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import best
 from jax_fp8gemm.jit.config import GemmConfig
@@ -16,7 +13,8 @@ from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.tile import rhs_blocks, warpgroup_tile
-from jax_fp8gemm.jit.toolchain import compile_source, find_nvdisasm
+from jax_fp8gemm.jit.toolchain import compile_source
+from sass import disassemble, resource_usage
 
 # N x K of DeepSeek-V3's layers, decoded (M 1, 64), in small batches and trained; and what else is awkward.
 DENSE = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
@@ -46,40 +44,18 @@ CHOSEN = [(problem, best(problem, H200)) for problem in PROBLEMS]
 KERNELS = {gemm_source(*pair): pair for pair in [*CHOSEN, *FEATURES, *TUNED]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction of a kernel, and what of its control bits matters here.
-
-    Attributes:
-      name: opcode with its modifiers, without the predicate.
-      yields: whether the warp scheduler may turn to another warp after it; bit 45 of the upper 64 is then 0.
-    """
-
-    name: str
-    yields: bool
-
-    def is_a(self, *opcodes):
-        return self.name.split(".")[0] in opcodes
-
-
-# An address, the instruction, its lower 64 bits; on the next line the upper 64.
-INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+).*/\* 0x[0-9a-f]{16} \*/\s*\n"
-    r"\s+/\* (0x[0-9a-f]{16}) \*/", re.M)
-
-
 @pytest.mark.parametrize("source", KERNELS, ids=[f"{p.n}x{p.k}: {c}" for p, c in KERNELS.values()])
 def test_kernel(source, tmp_path):
     problem, config = KERNELS[source]
     assert rejection(problem, config, H200) is None
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compile_source(source))
-    instructions = _disassemble(path)
+    instructions = disassemble(path)
     _check_units(problem, config, {instruction.name.split(".")[0] for instruction in instructions})
     _check_multiplication(instructions)
     _check_promotion(problem, config, [each for each in instructions if each.is_a("FFMA")])
     assert any("MULTICAST" in each.name for each in instructions) == (config.cluster_m * config.cluster_n > 1)
-    usage = _resource_usage(path)
+    usage = resource_usage(path)
     assert usage["STACK"] == 0
     assert not any(each.is_a("LDL", "STL") for each in instructions), "spills"
     # The launch bound shares 64K registers among all threads; setmaxnreg then moves them to the consumers.
@@ -123,19 +99,3 @@ def _check_promotion(problem, config, promotions):
         alike = sum(a == b for a, b in itertools.pairwise(yields))
         assert 0.4 <= sum(yields) / len(yields) <= 0.6
         assert alike <= 0.15 * len(yields)
-
-
-def _disassemble(path):
-    """The instructions of a cubin, in order."""
-    command = [find_nvdisasm(), "--print-code", "--print-instruction-encoding", str(path)]
-    text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return [Instruction(name, not int(upper, 16) >> 45 & 1) for name, upper in INSTRUCTION.findall(text)]
-
-
-def _resource_usage(path):
-    """Registers, stack and local bytes of the kernel, as cuobjdump counts them."""
-    tool = pathfinder.find_nvidia_binary_utility("cuobjdump")
-    assert tool is not None, "cuobjdump is needed: pip install nvidia-cuda-cuobjdump"
-    command = [tool, "--dump-resource-usage", str(path)]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
