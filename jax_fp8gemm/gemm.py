@@ -169,7 +169,7 @@ def fp8_gemm_masked(
                          f"shape {lhs.shape}, got shape {rhs.shape}")
     group_sizes = _as_int32(f"{function}: group_sizes", group_sizes, rhs.shape[0])
     if expected_group_size is not None:
-        _check_whole(f"{function}: expected_group_size", expected_group_size, 1)
+        expected_group_size = _as_whole(f"{function}: expected_group_size", expected_group_size, 1)
     options = _check_options(function, out_dtype, implementation)
     return _bind(gemm_masked_p, lhs, rhs, group_sizes, expected_m=expected_group_size, **options)
 
@@ -215,7 +215,7 @@ def fp8_gemm_ragged_k(
       >>> x = quantize(jnp.ones((64, 512)) * is_token)
       >>> dw = fp8_gemm_ragged_k(x, x, jnp.array([3, 130]), out_dtype=jnp.bfloat16)
       >>> dw.shape, dw[:, 0, 0]
-      ((2, 64, 64), Array([  3, 130], dtype=bfloat16))
+      ((2, 64, 64), Array([3, 130], dtype=bfloat16))
     """
     function = "fp8_gemm_ragged_k"
     _check_operands(function, lhs, rhs, lhs_axes=("M K",), rhs_axes=("N K",), rhs_granularities=(ROW_BLOCKS,))
@@ -249,7 +249,7 @@ def group_sizes_from_ids(ids: Int32[Array, " M"], num_groups: int) -> Int32[Arra
       Array([4, 0, 3, 0], dtype=int32)
     """
     ids = _as_int32("group_sizes_from_ids: ids", ids)
-    _check_whole("group_sizes_from_ids: num_groups", num_groups, 0)
+    num_groups = _as_whole("group_sizes_from_ids: num_groups", num_groups, 0)
     is_trailing = lax.cummax(ids, reverse=True) < 0
     groups = jnp.where(is_trailing, num_groups, jnp.maximum(lax.cummax(ids), 0))
     return jnp.diff(jnp.searchsorted(groups, jnp.arange(num_groups + 1))).astype(jnp.int32)
@@ -306,9 +306,10 @@ def _check_accumulator(function, accumulator, out_shape, options):
     return accumulator
 
 
-def _check_whole(name, value, minimum):
+def _as_whole(name, value, minimum):
     if not isinstance(value, numbers.Integral) or value < minimum:
         raise ValueError(f"{name}: expected a whole number of at least {minimum}, got {value!r}")
+    return int(value)
 
 
 def _as_int32(name, vector, size=None):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8gemm.jit.problem import RAGGED_M, SCALE_BLOCK, ceil_div
+from jax_fp8gemm.operation import match_varying
 
 # The smallest scale: the product of two is still a normal f32.
 MIN_SCALE = 2.0**-63
@@ -107,7 +108,7 @@ def gemm_ragged_m(lhs, lhs_scale, rhs, rhs_scale, group_sizes, *, out_dtype):
     makes of it with rhs[:, g]; rows of no group are zero. lhs and rhs share leading axes of 1 as in `gemm`.
     """
     (_, m, _), (_, num_groups, n, _) = lhs.shape, rhs.shape
-    out = jnp.zeros((group_sizes.shape[0], m, n), out_dtype)
+    out, _ = match_varying(jnp.zeros((group_sizes.shape[0], m, n), out_dtype), lhs)
     if num_groups == 0:
         return out
     starts, ends = group_bounds(group_sizes, m)
@@ -141,7 +142,7 @@ def gemm_ragged_k(lhs, lhs_scale, rhs, rhs_scale, group_sizes, accumulator=None,
     (_, m, k), n, (batch, num_groups) = lhs.shape, rhs.shape[1], group_sizes.shape
     num_blocks = ceil_div(k, SCALE_BLOCK)
     ends = group_bounds(group_sizes // SCALE_BLOCK + (group_sizes % SCALE_BLOCK > 0), num_blocks)[1]
-    out = jnp.zeros((batch, num_groups, m, n), jnp.float32)
+    out, _ = match_varying(jnp.zeros((batch, num_groups, m, n), jnp.float32), lhs)
     if k > 0:
         block = _products_of_blocks(lhs, lhs_scale, rhs, rhs_scale)
 

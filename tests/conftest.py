@@ -16,6 +16,9 @@ import jax
 import numpy as np
 import pytest
 
+from jax_fp8gemm import operation
+from jax_fp8gemm.jit import compiler
+from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.operation import HOPPER
 
 
@@ -41,3 +44,18 @@ def _hopper():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The problems that were compiled, for a CUDA that is Hopper, with a stand-in for the compiler."""
+    problems = []
+
+    def build(problem):
+        problems.append(problem)
+        buffers = tuple(Pointer(i) for i in range(5 + problem.is_grouped + problem.accumulate))
+        return LaunchPlan(b"\x7fELF\x00", "fp8_gemm", (132, 1, 1), (2, 1, 1), 384, 200_000, buffers)
+
+    monkeypatch.setattr(compiler, "build", build)
+    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
+    return problems

@@ -10,13 +10,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bounds import assert_within_bound
-from jax_fp8gemm import ScaledArray, export_checks, ffi, fp8_gemm, operation, quantize, save_gemms
-from jax_fp8gemm.jit import compiler
-from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
+from jax_fp8gemm import ScaledArray, export_checks, fp8_gemm, operation, quantize, save_gemms
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS, scale_shape
+from lowering import CALL, call_line, lower_for_cuda
 
-CALL = f"stablehlo.custom_call @{ffi.TARGET}"
 SHAPE = GemmProblem(m=33, n=200, k=304)  # K = 300, padded
 
 
@@ -31,31 +29,6 @@ def operand(*shape, granularity=ROW_BLOCKS, dtype=jnp.float8_e4m3fn):
 
 def weight(*shape, **options):
     return operand(*shape, granularity=SQUARE_BLOCKS, **options)
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """The problems that were compiled, for a CUDA that is Hopper, with a stand-in for the compiler."""
-    problems = []
-
-    def build(problem):
-        problems.append(problem)
-        buffers = tuple(Pointer(i) for i in range(5 + problem.accumulate))
-        return LaunchPlan(b"\x7fELF\x00", "fp8_gemm", (132, 1, 1), (2, 1, 1), 384, 200_000, buffers)
-
-    monkeypatch.setattr(compiler, "build", build)
-    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
-    return problems
-
-
-def lower_for_cuda(function, *args, **options):
-    fresh = jax.jit(lambda *args: function(*args), **options)  # or JAX finds an earlier lowering
-    return fresh.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def call_line(text):
-    line, = (line for line in text.splitlines() if CALL in line)
-    return line
 
 
 def test_one_custom_call_with_the_contract_s_layouts(built):
