@@ -15,13 +15,14 @@ import pytest
 
 import emulator
 from bounds import assert_within_bound
+from gpu_common import DTYPES, bits, draw, sample
 from jax_fp8gemm import ScaledArray, fp8_gemm, quantize
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.choose import candidates, choose
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import current_device
 from jax_fp8gemm.jit.legal import rejection
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, TMA_ALIGNMENT, GemmProblem, ceil_div
+from jax_fp8gemm.jit.problem import TMA_ALIGNMENT, GemmProblem, ceil_div
 from jax_fp8gemm.jit.warmup import compile_all
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
 
@@ -32,22 +33,10 @@ SIZES = [
     (799, 576, 7296), (799, 4104, 1536), (799, 1, 300), (4096, 2112, 7168), (4096, 576, 16384),
     (4096, 7168, 2048), (4096, 250, 130),
 ]
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-
-
-def draw(seed, rows, k, granularity, kind, dtype=jnp.float8_e4m3fn):
-    """A quantised [rows, K]: normal in blocks of magnitudes from 1e-6 to 1e6, or uniform between 0 and 1."""
-    key, magnitude_key = jax.random.split(jax.random.key(seed))
-    if kind == "positive":
-        return quantize(jax.random.uniform(key, (rows, k)), granularity, dtype)
-    blocks = ceil_div(rows, granularity[0]), ceil_div(k, SCALE_BLOCK)
-    magnitudes = 10 ** jax.random.uniform(magnitude_key, blocks, minval=-6, maxval=6)
-    magnitudes = jnp.repeat(jnp.repeat(magnitudes, granularity[0], 0), SCALE_BLOCK, 1)[:rows, :k]
-    return quantize(jax.random.normal(key, (rows, k)) * magnitudes, granularity, dtype)
 
 
 def operands(m, n, k, kind="magnitudes", granularity=SQUARE_BLOCKS):
-    return draw(1, m, k, ROW_BLOCKS, kind), draw(2, n, k, granularity, kind)
+    return draw(1, (m, k), ROW_BLOCKS, kind), draw(2, (n, k), granularity, kind)
 
 
 def jit_into_nan(**options):
@@ -63,10 +52,6 @@ def jit_into_nan(**options):
     return lambda lhs, rhs: jitted(nans(lhs, rhs), lhs, rhs)
 
 
-def bits(x):
-    return np.asarray(x).view(np.uint16 if x.dtype == jnp.bfloat16 else np.uint32)
-
-
 def padded(k):
     return ceil_div(k, TMA_ALIGNMENT) * TMA_ALIGNMENT
 
@@ -74,12 +59,6 @@ def padded(k):
 def default_config(lhs, rhs, out_dtype):
     problem = GemmProblem(lhs.shape[0], rhs.shape[0], padded(lhs.shape[1]), out_dtype=out_dtype)
     return choose(problem, current_device()).config
-
-
-def sample(size, count, rng):
-    """Sorted indices below size, the first and the last among them."""
-    drawn = rng.choice(size, min(size, count), replace=False)
-    return np.unique([0, size - 1, *drawn])
 
 
 def assert_equals_emulation(out, lhs, rhs, split_k, rng):
@@ -118,8 +97,8 @@ def test_row_scales_on_both_sides(rng, m, n, k, out_dtype):
 @pytest.mark.parametrize("lhs_dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 @pytest.mark.parametrize("rhs_dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_dtypes(lhs_dtype, rhs_dtype):
-    lhs = draw(1, 129, 1024, ROW_BLOCKS, "magnitudes", lhs_dtype)
-    rhs = draw(2, 576, 1024, SQUARE_BLOCKS, "magnitudes", rhs_dtype)
+    lhs = draw(1, (129, 1024), ROW_BLOCKS, "magnitudes", lhs_dtype)
+    rhs = draw(2, (576, 1024), SQUARE_BLOCKS, "magnitudes", rhs_dtype)
     out = jit_into_nan(out_dtype=jnp.float32, batch_invariant=True)(lhs, rhs)
     assert_within_bound(out, lhs, rhs, random_signs=True)
 
@@ -222,8 +201,8 @@ def test_accumulates_in_place(rng, m, n, k):
 def test_vmap(axes, m, n, k):
     size = 3
     stack = lambda draws: jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
-    lhs = [draw(10 + i, m, k, ROW_BLOCKS, "magnitudes") for i in range(size)]
-    rhs = [draw(20 + i, n, k, SQUARE_BLOCKS, "magnitudes") for i in range(size)]
+    lhs = [draw(10 + i, (m, k)) for i in range(size)]
+    rhs = [draw(20 + i, (n, k), SQUARE_BLOCKS) for i in range(size)]
     args = [stack(x) if axis == 0 else x[0] for x, axis in zip((lhs, rhs), axes, strict=True)]
     gemm = lambda x, w: fp8_gemm(
         x, w, out_dtype=jnp.float32, batch_invariant=True, implementation="hopper")
