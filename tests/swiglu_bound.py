@@ -31,8 +31,9 @@ def exact_swiglu(x):
 def assert_is_quantized_swiglu(array, x):
     """Check a ScaledArray [*, M, F] against x [*, M, 2F], all of it finite and moderate."""
     y, info = exact_swiglu(x), ml_dtypes.finfo(array.dtype)
-    columns = y.shape[-1]
-    blocks = np.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, -columns % 128)]).reshape(*y.shape[:-1], -1, 128)
+    *leading, columns = y.shape
+    padded = np.pad(y, [(0, 0)] * len(leading) + [(0, -columns % 128)])
+    blocks = padded.reshape(*leading, padded.shape[-1] // 128, 128)
     scales = np.maximum(np.abs(blocks).max(-1) / float(info.max), MIN_SCALE)
     np.testing.assert_allclose(array.scales, scales, rtol=15 * U)
     quotients = y / np.repeat(scales, 128, -1)[..., :columns]

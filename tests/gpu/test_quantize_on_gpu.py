@@ -93,7 +93,9 @@ def test_quantize_gives_the_reference_s_bits(rng, shape, input_dtype, granularit
     problem = QuantizeProblem(shape[0], *shape[1:], input_dtype, dtype, granularity[0])
     assert_same_bits(launch(problem, x), expected)
     assert_same_bits(quantize(x, **options, implementation="hopper"), expected)
-    assert_same_bits(jax.jit(lambda x: quantize(x, **options))(x), expected)
+    for implementation in None, "reference":
+        jitted = jax.jit(lambda x, each=implementation: quantize(x, **options, implementation=each))
+        assert_same_bits(jitted(x), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT8.values())
