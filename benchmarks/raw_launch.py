@@ -50,7 +50,7 @@ def _encode(argument: TensorMap, address: int) -> tuple[object, int]:
         ctypes.c_void_p(tensor_map),
         int(_MAP_DTYPES[argument.dtype]),
         ctypes.c_uint32(rank),
-        ctypes.c_void_p(address),
+        ctypes.c_void_p(address - argument.lead),
         (ctypes.c_uint64 * rank)(*argument.shape),
         (ctypes.c_uint64 * rank)(*argument.strides),
         (ctypes.c_uint32 * rank)(*argument.box),

@@ -247,11 +247,23 @@ struct Mainloop {
   }
 };
 
+// A warpgroup whose rows are all beyond the group's end only lets the others have their stages.
+template <class Config>
+__device__ void pass_tile(Pipeline<Config>& pipeline, int num_k_blocks) {
+  for (int k = 0; k < num_k_blocks; ++k, pipeline.advance()) {
+    pipeline.wait_full();
+    pipeline.release();
+  }
+}
+
 template <class Config>
 __device__ void accumulate_tile(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline,
-                                const Scheduler<Config>& scheduler, int warpgroup) {
-  Mainloop<Config>(accumulators, pipeline, warpgroup, scheduler.n_start)
-      .run(max(scheduler.k_end() - scheduler.k_begin(), 0));
+                                const WorkTile& tile, int warpgroup) {
+  using T = Tile<Config>;
+  const int num_k_blocks = max(tile.k_end - tile.k_begin, 0);
+  if constexpr (T::kEndsAnywhere && !T::kSwapAB && T::kSplitP && Config::kNumConsumers > 1)
+    if (tile.m_start + T::warpgroup_p(warpgroup) >= tile.m_end) return pass_tile(pipeline, num_k_blocks);
+  Mainloop<Config>(accumulators, pipeline, warpgroup, tile.n_start).run(num_k_blocks);
 }
 
 }  // namespace fp8gemm

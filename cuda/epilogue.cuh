@@ -130,16 +130,19 @@ struct OutRing {
 
 template <class Config>
 __device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing<Config>& ring,
-                               const Scheduler<Config>& scheduler, const TensorMap& map, int warpgroup) {
+                               const WorkTile& tile, const TensorMap& map, const Arguments& arguments,
+                               int warpgroup) {
   using T = Tile<Config>;
   using W = Writers<Config>;
   const u32 lane = lane_index_here();
   const int p = T::warpgroup_p(warpgroup) + (T::kSwapAB ? 0 : warp_index() % 4 * 16),
             q = T::warpgroup_q(warpgroup);
-  const int first_row = scheduler.m_start + (T::kSwapAB ? q : p),
-            first_column = scheduler.n_start + (T::kSwapAB ? p : q);
+  const int first_row = tile.m_start + (T::kSwapAB ? q : p),
+            first_column = tile.n_start + (T::kSwapAB ? p : q);
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
+    const int row = first_row + (T::kSwapAB ? 0 : i * kMmaP);
+    if (T::kEndsAnywhere && row >= tile.m_end) return;
     u8* chunk = ring.take();
     // The store that last used this buffer has read it.
     if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();
@@ -148,12 +151,13 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing
     ptx::fence_proxy_async();
     W::sync();
     if (W::is_leader()) {
-      const int row = first_row + (T::kSwapAB ? 0 : i * kMmaP);
       const int column = first_column + (T::kSwapAB ? i * kMmaP : 0) + c * T::kChunkColumns;
+      const RowCoordinates rows =
+          row_coordinates<Config, T::kChunkRows>(tile, tile.out_batch, row, arguments.m);
       if constexpr (Config::kAccumulate)
-        ptx::tma_reduce_add(&map, chunk, column, row, scheduler.batch);
+        ptx::tma_reduce_add(&map, chunk, column, rows.y, rows.z);
       else
-        ptx::tma_store(&map, chunk, column, row, scheduler.batch);
+        ptx::tma_store(&map, chunk, column, rows.y, rows.z);
       ptx::tma_store_commit();
     }
   });
@@ -171,20 +175,19 @@ __device__ void store_element(void* out, i64 index, float value) {
 }
 
 template <class Config>
-__device__ void store_tile_direct(const Accumulators<Config>& accumulators,
-                                  const Scheduler<Config>& scheduler, void* out, int warpgroup) {
+__device__ void store_tile_direct(const Accumulators<Config>& accumulators, const WorkTile& tile,
+                                  const Arguments& arguments, int warpgroup) {
   using T = Tile<Config>;
   const ThreadPlace<Config> at(warpgroup);
-  const i64 m = scheduler.m;
+  const i64 first = static_cast<i64>(tile.out_batch) * arguments.m;
 #pragma unroll
   for (int i = 0; i < T::kNumMmaP; ++i)
 #pragma unroll
     for (int e = 0; e < T::kFragment; ++e) {
       const int p = at.p + i * kMmaP + e / 2 % 2 * 8, q = at.q + e / 4 * 8 + e % 2;
-      const i64 row = scheduler.m_start + (T::kSwapAB ? q : p),
-                column = scheduler.n_start + (T::kSwapAB ? p : q);
-      if (row < m && column < Config::kN)
-        store_element<Config>(out, (scheduler.batch * m + row) * Config::kN + column, accumulators[i][e]);
+      const int row = tile.m_start + (T::kSwapAB ? q : p), column = tile.n_start + (T::kSwapAB ? p : q);
+      if (row < tile.m_end && column < Config::kN)
+        store_element<Config>(arguments.out, (first + row) * Config::kN + column, accumulators[i][e]);
     }
 }
 
@@ -230,11 +233,11 @@ __device__ void store_four(void* out, i64 index, int columns, float4 v) {
 // K. The others' shares of its own partial tile it sends to them; their barriers count what has come.
 template <class Config>
 __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, SharedStorage<Config>& shared,
-                                   const Scheduler<Config>& scheduler, void* out, int warpgroup) {
+                                   const WorkTile& tile, int rank, const Arguments& arguments,
+                                   int warpgroup) {
   using T = Tile<Config>;
   using Shared = SharedStorage<Config>;
   constexpr int kFours = Config::kBlockN / 4, kRows = Config::kBlockM / Config::kSplitK;
-  const int rank = scheduler.rank;
   ptx::named_barrier(1, T::kNumConsumerThreads);  // the other warpgroups still read the operands
   write_partial<Config>(accumulators, shared, warpgroup);
   ptx::fence_proxy_async();
@@ -249,12 +252,11 @@ __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, Sha
   }
   ptx::mbarrier_wait(&shared.received, 0);
   const float* own = shared.partial() + rank * Shared::kSharePitch;
-  const i64 m = scheduler.m;
+  const i64 first = static_cast<i64>(tile.out_batch) * arguments.m;
   for (int index = threadIdx.x; index < kRows * kFours; index += T::kNumConsumerThreads) {
     const int share_row = index / kFours, tile_column = index % kFours * 4;
-    const i64 row = scheduler.m_start + rank * kRows + share_row;
-    const int column = scheduler.n_start + tile_column;
-    if (row >= m || column >= Config::kN) continue;
+    const int row = tile.m_start + rank * kRows + share_row, column = tile.n_start + tile_column;
+    if (row >= tile.m_end || column >= Config::kN) continue;
     const int place = share_row * Shared::kPartialPitch + tile_column;
     float4 sum = *reinterpret_cast<const float4*>(&(rank == 0 ? own : shared.received_from(0))[place]);
 #pragma unroll
@@ -264,7 +266,7 @@ __device__ void store_tile_split_k(const Accumulators<Config>& accumulators, Sha
       sum.x = __fadd_rn(sum.x, term.x), sum.y = __fadd_rn(sum.y, term.y);
       sum.z = __fadd_rn(sum.z, term.z), sum.w = __fadd_rn(sum.w, term.w);
     }
-    store_four<Config>(out, (scheduler.batch * m + row) * Config::kN + column, Config::kN - column, sum);
+    store_four<Config>(arguments.out, (first + row) * Config::kN + column, Config::kN - column, sum);
   }
 }
 

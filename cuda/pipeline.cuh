@@ -11,8 +11,6 @@
 
 namespace fp8gemm {
 
-constexpr u32 kScaleLoaderThreads = 32;
-
 template <class Config>
 struct Pipeline {
   using T = Tile<Config>;
@@ -28,11 +26,10 @@ struct Pipeline {
 
   __device__ static void init(SharedStorage<Config>& shared) {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(&shared.full[s], 1 + kScaleLoaderThreads);
+      ptx::mbarrier_init(&shared.full[s], kOperandLoaderThreads + kScaleLoaderThreads);
       ptx::mbarrier_init(&shared.empty[s], Config::kNumConsumers * 4 * kMulticastCtas);
     }
     ptx::mbarrier_init(&shared.received, 1);
-    ptx::fence_mbarrier_init();
   }
 
   // The opposite parity: the first round passes at once.

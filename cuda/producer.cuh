@@ -11,34 +11,39 @@ namespace fp8gemm {
 // Loads this CTA's tile of an operand or, where `kCtas` CTAs of the cluster share the tile, its own part of
 // it for all.
 template <int kRows, int kCtas>
-__device__ void load_operand(u8* tile, const TensorMap& map, u64* full, int k, int row, int batch, u32 rank) {
+__device__ void load_operand(u8* tile, const TensorMap& map, u64* full, int k, RowCoordinates rows,
+                             u32 rank) {
   if constexpr (kCtas == 1) {
-    ptx::tma_load(tile, &map, full, k, row, batch);
+    ptx::tma_load(tile, &map, full, k, rows.y, rows.z);
   } else {
-    constexpr int kPart = kRows / kCtas;
-    static_assert(kPart % 8 == 0, "a part is a whole number of swizzled groups of eight rows");
-    ptx::tma_load_multicast(tile + rank * kPart * kBlockK, &map, full, k, row + rank * kPart, batch,
-                            (1 << kCtas) - 1);
+    static_assert(kRows % 8 == 0, "a part is a whole number of swizzled groups of eight rows");
+    ptx::tma_load_multicast(tile + rank * kRows * kBlockK, &map, full, k, rows.y, rows.z, (1 << kCtas) - 1);
   }
 }
 
 template <class Config>
 __device__ void produce_operands(SharedStorage<Config>& shared, const TensorMap& lhs_map,
-                                 const TensorMap& rhs_map, u32 m, u32 num_batches) {
+                                 const TensorMap& rhs_map, const Arguments& arguments) {
   using T = Tile<Config>;
-  Scheduler<Config> scheduler(m, num_batches);
+  constexpr int kLhsRows = Config::kBlockM / Config::kClusterN,
+                kRhsRows = Config::kBlockN / Config::kClusterM;
+  Scheduler<Config, true> scheduler(shared, arguments);
   Pipeline<Config> pipeline(shared);
   while (scheduler.next()) {
-    const int lhs_batch = Config::kLhsBatched ? scheduler.batch : 0;
-    const int rhs_batch = Config::kRhsBatched ? scheduler.batch : 0;
-    for (int k = scheduler.k_begin(); k < scheduler.k_end(); ++k, pipeline.advance()) {
+    const WorkTile& tile = scheduler.tile;
+    const int lhs_part = Config::kClusterN > 1 ? scheduler.rank * kLhsRows : 0;
+    const int rhs_part = Config::kClusterM > 1 ? scheduler.rank * kRhsRows : 0;
+    const RowCoordinates lhs_rows =
+        row_coordinates<Config, kLhsRows>(tile, tile.lhs_batch, tile.m_start + lhs_part, arguments.m);
+    const RowCoordinates rhs_rows{tile.n_start + rhs_part, tile.rhs_batch};
+    for (int k = tile.k_begin; k < tile.k_end; ++k, pipeline.advance()) {
       pipeline.wait_empty();
       u64* full = &shared.full[pipeline.stage];
       ptx::mbarrier_arrive_expect_bytes(full, T::kLhsBytes + T::kRhsBytes);
-      load_operand<Config::kBlockN, Config::kClusterM>(shared.rhs[pipeline.stage], rhs_map, full, k * kBlockK,
-                                                       scheduler.n_start, rhs_batch, scheduler.rank);
-      load_operand<Config::kBlockM, Config::kClusterN>(shared.lhs[pipeline.stage], lhs_map, full, k * kBlockK,
-                                                       scheduler.m_start, lhs_batch, scheduler.rank);
+      load_operand<kRhsRows, Config::kClusterM>(shared.rhs[pipeline.stage], rhs_map, full, k * kBlockK,
+                                                rhs_rows, scheduler.rank);
+      load_operand<kLhsRows, Config::kClusterN>(shared.lhs[pipeline.stage], lhs_map, full, k * kBlockK,
+                                                lhs_rows, scheduler.rank);
     }
   }
 }
@@ -54,28 +59,26 @@ __device__ void load_row_scales(float (&destination)[kRows], const float* source
 
 // lhs_scale is [batch][K blocks][M]; rhs_scale [batch][N blocks][K blocks], or per row [batch][K blocks][N].
 template <class Config>
-__device__ void produce_scales(SharedStorage<Config>& shared, const float* lhs_scale, const float* rhs_scale,
-                               int m, u32 num_batches) {
+__device__ void produce_scales(SharedStorage<Config>& shared, const Arguments& arguments) {
   using T = Tile<Config>;
   constexpr int kN = Config::kN, kNumKBlocks = T::kNumKBlocks, kNumNBlocks = ceil_div(kN, kScaleBlock);
-  Scheduler<Config> scheduler(m, num_batches);
+  const int m = arguments.m;
+  Scheduler<Config> scheduler(shared, arguments);
   Pipeline<Config> pipeline(shared);
   while (scheduler.next()) {
-    const i64 lhs_batch = Config::kLhsBatched ? scheduler.batch : 0;
-    const i64 rhs_batch = Config::kRhsBatched ? scheduler.batch : 0;
-    const int n_block = scheduler.n_start / kScaleBlock + lane_index();
-    const float* lhs_row =
-        lhs_scale + (lhs_batch * kNumKBlocks + scheduler.k_begin()) * m + scheduler.m_start;
-    const float* rhs_row =
-        rhs_scale + (rhs_batch * kNumKBlocks + scheduler.k_begin()) * kN + scheduler.n_start;
+    const WorkTile& tile = scheduler.tile;
+    const i64 lhs_batch = tile.lhs_batch, rhs_batch = tile.rhs_batch;
+    const int n_block = tile.n_start / kScaleBlock + lane_index();
+    const float* lhs_row = arguments.lhs_scale + (lhs_batch * kNumKBlocks + tile.k_begin) * m + tile.m_start;
+    const float* rhs_row = arguments.rhs_scale + (rhs_batch * kNumKBlocks + tile.k_begin) * kN + tile.n_start;
     const float* rhs_block =
-        rhs_scale + (rhs_batch * kNumNBlocks + n_block) * kNumKBlocks + scheduler.k_begin();
-    for (int k = scheduler.k_begin(); k < scheduler.k_end(); ++k, pipeline.advance()) {
+        arguments.rhs_scale + (rhs_batch * kNumNBlocks + n_block) * kNumKBlocks + tile.k_begin;
+    for (int k = tile.k_begin; k < tile.k_end; ++k, pipeline.advance()) {
       pipeline.wait_empty();
-      load_row_scales(shared.lhs_scale[pipeline.stage], lhs_row, m - scheduler.m_start);
+      load_row_scales(shared.lhs_scale[pipeline.stage], lhs_row, tile.m_end - tile.m_start);
       lhs_row += m;
       if constexpr (T::kRhsPerRow) {
-        load_row_scales(shared.rhs_scale[pipeline.stage], rhs_row, kN - scheduler.n_start);
+        load_row_scales(shared.rhs_scale[pipeline.stage], rhs_row, kN - tile.n_start);
         rhs_row += kN;
       } else if (lane_index() < T::kRhsScales) {
         ptx::cp_async_4(&shared.rhs_scale[pipeline.stage][lane_index()], rhs_block++, n_block < kNumNBlocks);

@@ -6,6 +6,15 @@
 
 namespace fp8gemm {
 
+// The queue of tiles, where group sizes are on the device.
+template <bool kGrouped>
+struct QueueStorage {};
+template <>
+struct QueueStorage<true> {
+  WorkTile tiles[kTileSlots];
+  u64 full[kTileSlots], empty[kTileSlots];
+};
+
 template <class Config>
 struct alignas(1024) SharedStorage {
   using T = Tile<Config>;
@@ -34,6 +43,7 @@ struct alignas(1024) SharedStorage {
   alignas(16) u64 full[kStages];
   u64 empty[kStages];
   u64 received;
+  [[no_unique_address]] QueueStorage<T::kGrouped> queue;
 
   __device__ float* partial() { return reinterpret_cast<float*>(lhs); }
   __device__ float* received_from(int index) { return reinterpret_cast<float*>(out) + index * kSharePitch; }

@@ -13,9 +13,27 @@ constexpr int kScaleBlock = 128;  // rows of rhs that share a scale, for weights
 constexpr int kWarpgroup = 128;   // threads
 constexpr int kMmaP = 64;         // rows of a wgmma
 constexpr int kMmaK = 32;         // bytes of K of a wgmma
+constexpr int kTileSlots = 4;     // of the queue of tiles, where one warp schedules for all
+
+constexpr u32 kOperandLoaderThreads = 1, kScaleLoaderThreads = 32;
+
+// What is multiplied; GemmProblem in jit/problem.py has the shapes.
+enum class Kind { kDense, kRaggedM, kMasked, kRaggedK };
+
+// One output tile of a CTA and the parts of the operands that it takes: rows, columns and blocks of K within
+// the index along their leading axes that each array has. The rows from m_end on belong to others.
+struct alignas(16) WorkTile {
+  int m_start, m_end, n_start;
+  int k_begin, k_end;
+  int lhs_batch, rhs_batch, out_batch;
+};
 
 template <class Config>
 struct Tile {
+  static constexpr bool kGrouped = Config::kKind != Kind::kDense;
+  // Groups end at any row: copies of lhs and out stop there.
+  static constexpr bool kEndsAnywhere = Config::kKind == Kind::kRaggedM || Config::kKind == Kind::kMasked;
+
   static constexpr bool kSwapAB = Config::kSwapAB;
   static constexpr int kP = kSwapAB ? Config::kBlockN : Config::kBlockM;
   static constexpr int kQ = kSwapAB ? Config::kBlockM : Config::kBlockN;

@@ -25,6 +25,7 @@ def tensor_maps(draw):
         strides=numbers(0, 2**40 - 1, rank - 1),
         box=numbers(1, 256, rank),
         swizzle=draw(st.sampled_from((0, 32, 64, 128))),
+        lead=draw(st.integers(0, 2**40 - 1)),
     )
 
 
@@ -109,6 +110,7 @@ def test_malformed_launch(index, value, message):
         (1, 9, -256, "strides: expected 0 to 1099511627775, got -256"),
         (1, 15, 257, "box: expected 1 to 256, got 257"),
         (1, 19, 48, "swizzle: expected 0, 32, 64 or 128, got 48"),
+        (1, 20, -16, "lead: expected 0 to 1099511627775, got -16"),
     ],
 )
 def test_malformed_argument(argument, index, value, message):
@@ -137,8 +139,8 @@ def test_wrong_sizes():
     fields = attributes(PLAN)
     with pytest.raises(ValueError, match="launch: expected 8 numbers, got 7"):
         ffi.describe_plan(**{**fields, "launch": fields["launch"][:7]})
-    with pytest.raises(ValueError, match="arguments: expected records of 20 numbers, got 39 numbers"):
-        ffi.describe_plan(**{**fields, "arguments": fields["arguments"][:39]})
+    with pytest.raises(ValueError, match="arguments: expected records of 21 numbers, got 41 numbers"):
+        ffi.describe_plan(**{**fields, "arguments": fields["arguments"][:41]})
     with pytest.raises(ValueError, match="entry: expected the name of a kernel, got nothing"):
         ffi.describe_plan(**{**fields, "entry": ""})
 

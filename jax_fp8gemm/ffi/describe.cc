@@ -39,6 +39,7 @@ nb::dict ToDict(const TensorMap& map) {
   fields["strides"] = ToTuple(map.strides, map.rank - 1);
   fields["box"] = ToTuple(map.box, map.rank);
   fields["swizzle"] = map.swizzle;
+  fields["lead"] = map.lead;
   return fields;
 }
 

@@ -66,11 +66,11 @@ class Filler {
   ffi::Error Fill(const TensorMap& map, Parameter& parameter) const {
     if (ffi::Error error = CheckBuffer(map.buffer); error.failure()) return error;
     const Buffer& buffer = buffers_[map.buffer];
-    if (map.extent > buffer.bytes) {
+    if (map.extent > map.lead + buffer.bytes) {
       return Invalid(Describe(map) + " reaches over " + std::to_string(map.extent) +
                      " bytes, the buffer has " + Describe(buffer));
     }
-    if (reinterpret_cast<uintptr_t>(buffer.data) % kMapAlignment) {
+    if ((reinterpret_cast<uintptr_t>(buffer.data) - map.lead) % kMapAlignment) {
       return Invalid(Describe(map) + " needs an address that is a multiple of 16, got " + Describe(buffer));
     }
     return Encode(map, buffer, parameter.map);
@@ -83,11 +83,11 @@ class Filler {
     // FP8 operands are read in boxes 128 bytes wide, one after the other along K: fetch two at a time.
     const CUtensorMapL2promotion promotion =
         map.type == MapType::kU8 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-    const CUresult result =
-        driver_.cuTensorMapEncodeTiled(&encoded, DataType(map.type), map.rank, buffer.data, map.shape.data(),
-                                       map.strides.data(), map.box.data(), element_strides.data(),
-                                       CU_TENSOR_MAP_INTERLEAVE_NONE, Swizzle(map.swizzle), promotion,
-                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros outside of the shape
+    void* const address = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(buffer.data) - map.lead);
+    const CUresult result = driver_.cuTensorMapEncodeTiled(
+        &encoded, DataType(map.type), map.rank, address, map.shape.data(), map.strides.data(), map.box.data(),
+        element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, Swizzle(map.swizzle), promotion,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // zeros outside of the shape
     if (result == CUDA_SUCCESS) return ffi::Error::Success();
     return driver_.Check(result, "cuTensorMapEncodeTiled", Describe(map) + "; " + Describe(plan_));
   }

@@ -47,7 +47,7 @@ class Reader {
   std::string error_;
 };
 
-// Bytes from the first element to the end of the last; none if they do not fit into 64 bits.
+// Bytes from the first address to the end of the last element; none if they do not fit into 64 bits.
 std::optional<uint64_t> Extent(const TensorMap& map) {
   uint64_t extent;
   if (__builtin_mul_overflow(map.shape[0], ItemBytes(map.type), &extent)) return std::nullopt;
@@ -78,6 +78,7 @@ ffi::ErrorOr<Argument> DecodeTensorMap(Reader& reader) {
   for (int i = 0; i < map.rank; ++i) map.box[i] = static_cast<uint32_t>(reader.Next("box", 1, 256));
   reader.SkipUnused(map.rank);
   map.swizzle = reader.Next("swizzle", 0, 128);
+  map.lead = reader.Next("lead", 0, (int64_t{1} << 40) - 1);
   if (!reader.error().empty()) return Malformed(reader.error());
   if (map.swizzle != 0 && map.swizzle != 32 && map.swizzle != 64 && map.swizzle != 128) {
     return Malformed("swizzle: expected 0, 32, 64 or 128, got " + std::to_string(map.swizzle));
@@ -171,7 +172,8 @@ std::string Describe(const Plan& plan) {
 std::string Describe(const TensorMap& map) {
   return std::string(Name(map.type)) + " tensor map over buffer " + std::to_string(map.buffer) + ": shape " +
          Tuple(map.shape, map.rank) + ", strides " + Tuple(map.strides, map.rank - 1) + ", box " +
-         Tuple(map.box, map.rank) + ", swizzle " + std::to_string(map.swizzle);
+         Tuple(map.box, map.rank) + ", swizzle " + std::to_string(map.swizzle) +
+         (map.lead ? ", lead " + std::to_string(map.lead) : "");
 }
 
 const char* Name(MapType type) {

@@ -18,7 +18,7 @@ namespace ffi = ::xla::ffi;
 // Numbers shared with jit/launch.py; tests/test_ffi_plan.py holds the two together.
 inline constexpr int kMaxRank = 5;
 inline constexpr int kLaunchSize = 8;                     // grid, cluster, block, shared bytes
-inline constexpr int kRecordSize = 4 + 3 * kMaxRank + 1;  // int64s per argument
+inline constexpr int kRecordSize = 4 + 3 * kMaxRank + 2;  // int64s per argument
 enum class ArgumentKind : int64_t { kPointer = 0, kScalar = 1, kTensorMap = 2 };
 enum class MapType : int64_t { kU8 = 0, kBf16 = 1, kF32 = 2 };
 
@@ -40,7 +40,8 @@ struct TensorMap {
   std::array<uint64_t, kMaxRank> strides;  // bytes, of every dimension but the innermost
   std::array<uint32_t, kMaxRank> box;      // elements
   int64_t swizzle;                         // bytes
-  uint64_t extent;                         // bytes from the first element to the end of the last
+  uint64_t lead;                           // bytes in front of the buffer at which the addresses begin
+  uint64_t extent;                         // bytes from the first address to the end of the last element
 };
 
 using Argument = std::variant<Pointer, Scalar, TensorMap>;
@@ -59,7 +60,7 @@ struct Plan {
 
 // Decodes and checks the attributes. A plan that passes is safe to follow, whatever wrote it: every number is
 // in the range of its CUDA type. What only the driver knows (a box that fits the swizzle, say) is left to the
-// driver.
+// driver, and where in a map with a lead a copy may begin to the kernel.
 ffi::ErrorOr<Plan> DecodePlan(std::string_view entry, ffi::Span<const int64_t> launch,
                               ffi::Span<const int64_t> arguments);
 

@@ -13,7 +13,7 @@ from jax_fp8gemm.jit.cost import Cost, cost
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.legal import MAX_REGISTERS, consumer_registers, least_stages, rejection
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, num_tiles, shared_bytes, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 14
 P_BLOCKS = {64: (1, 2), 128: (2,), 192: (3,), 256: (2,)}  # rows of P: numbers of consumers that suit them
@@ -24,23 +24,26 @@ RASTER_GROUPS = (4, 8, 16, 32)
 PARTIALS = {1: (1, 2, 4), 2: (1, 2), 3: (1,)}  # by consumers: more of them hide each other's promotion
 FEW_STAGES = 3  # where a further stage is worth more than output buffers, unless K is short
 SHORT_K = 12  # blocks
+MAX_SPREAD = 2  # of a group's rows, relative to what is expected, for which a tile is worth a look
 MAX_SPLIT_WAVES = 2  # beyond, whole tiles keep the SMs busy
 NUM_REFINED = 16  # candidates whose variants are looked into
 
 
 def candidates(problem: GemmProblem, device: Device) -> Iterator[GemmConfig]:
     """The configurations worth a look, legal or not; `ranked` varies raster group and partials."""
+    rows = min(problem.m, MAX_SPREAD * problem.rows) if problem.ends_anywhere else problem.m
     for swap_ab in (False, True):
-        p_size, q_size = (problem.n, problem.m) if swap_ab else (problem.m, problem.n)
-        if swap_ab and problem.m > MAX_SWAPPED_TOKENS:
+        p_size, q_size = (problem.n, rows) if swap_ab else (rows, problem.n)
+        if swap_ab and problem.rows > MAX_SWAPPED_TOKENS:
             continue
         for p, q in itertools.product(_covering(P_BLOCKS, p_size), _covering(Q_BLOCKS, q_size)):
             block_m, block_n = (q, p) if swap_ab else (p, q)
-            whole_tiles = problem.batch * ceil_div(problem.m, block_m) * ceil_div(problem.n, block_n)
+            whole_tiles = expected_tiles(problem, GemmConfig(block_m, block_n, 2))
             for num_consumers, (cluster_m, cluster_n, split_k) in itertools.product(P_BLOCKS[p], SPREADS):
-                if split_k > 1 and whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms:
+                if split_k > 1 and (problem.is_grouped or
+                                    whole_tiles * split_k > MAX_SPLIT_WAVES * device.num_sms):
                     continue
-                raster_group = 8 if problem.m > block_m * cluster_m else 1
+                raster_group = 8 if rows > block_m * cluster_m else 1
                 config = GemmConfig(
                     block_m, block_n, 2, num_consumers, swap_ab, cluster_m, cluster_n, split_k, raster_group)
                 yield _with_ring(problem, config, device)

@@ -23,7 +23,7 @@ import dataclasses
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, num_tiles, out_chunk, rhs_blocks, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, out_chunk, rhs_blocks, warpgroup_tile
 
 MMA_K = 32  # K of one wgmma
 
@@ -87,10 +87,11 @@ class Cost:
 
 def cost(problem: GemmProblem, config: GemmConfig, device: Device) -> Cost:
     """The model's time of a legal `config`."""
-    ctas = num_tiles(problem, config) * config.split_k
+    ctas = expected_tiles(problem, config) * config.split_k
+    problem = problem.as_dense()
     resident = min(ctas, _resident_ctas(config, device))
     full_waves, rest = divmod(ctas, resident)
-    waves = full_waves + (rest > 0)
+    waves = int(full_waves) + (rest > 0)
     steps = ceil_div(problem.num_k_blocks, config.split_k)
     of_sm = _sm_steps(problem, config, device)
     step_bytes = _memory_bytes(problem, config, resident) / (ctas * steps)

@@ -17,7 +17,7 @@ MAX_RANK = 5  # of a tensor map
 _POINTER, _SCALAR, _TENSOR_MAP = 0, 1, 2
 _MAP_DTYPES = {"u8": 0, "bf16": 1, "f32": 2}
 _SWIZZLES = (0, 32, 64, 128)
-_RECORD = 4 + 3 * MAX_RANK + 1  # int64s per argument
+_RECORD = 4 + 3 * MAX_RANK + 2  # int64s per argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ class TensorMap:
       strides: bytes from one index to the next, of every dimension but the innermost.
       box: elements per dimension that one copy moves.
       swizzle: 0, 32, 64 or 128 bytes.
+      lead: bytes in front of the buffer at which the map's addresses begin. A map whose dimensions overlap in
+        memory may begin there, as long as what is copied lies in the buffer (`plan._row_map`).
     """
 
     buffer: int
@@ -59,6 +61,7 @@ class TensorMap:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
+    lead: int = 0
 
     def __post_init__(self):
         rank = len(self.shape)
@@ -71,7 +74,7 @@ class TensorMap:
     def record(self) -> list[int]:
         pad = lambda values: [*values, *[0] * (MAX_RANK - len(values))]
         return [_TENSOR_MAP, self.buffer, _MAP_DTYPES[self.dtype], len(self.shape),
-                *pad(self.shape), *pad(self.strides), *pad(self.box), self.swizzle]
+                *pad(self.shape), *pad(self.strides), *pad(self.box), self.swizzle, self.lead]
 
 
 @dataclasses.dataclass(frozen=True)

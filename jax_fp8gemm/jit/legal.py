@@ -17,6 +17,8 @@ MMA_Q = 8  # a wgmma's N side comes in steps of this
 MAX_BLOCK = 256  # rows that one copy into shared memory moves, and columns of a wgmma
 MULTICAST_ROWS = 16  # two CTAs load half a tile each, in whole groups of 8 rows
 
+MAX_TILES = 2**31 - 2**12  # their indices are 31-bit, and go beyond the last by a grid
+
 LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg
@@ -102,6 +104,8 @@ def _cluster_rejection(config: GemmConfig) -> str | None:
 def _split_rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     if config.split_k == 1:
         return None
+    if problem.is_grouped:
+        return f"split-K is for dense problems, not for {problem.kind}"
     if config.split_k not in (2, 4, 8):
         return f"split_k {config.split_k} is none of 1, 2, 4, 8"
     if problem.batch_invariant:
@@ -128,4 +132,7 @@ def _resource_rejection(problem: GemmProblem, config: GemmConfig, device: Device
     size = shared_bytes(problem, config)
     if size > device.shared_bytes:
         return f"{size} bytes of shared memory, above {device.shared_bytes}"
+    tiles = num_tiles(problem, config)
+    if tiles > MAX_TILES:
+        return f"up to {tiles} tiles, above {MAX_TILES}"
     return None

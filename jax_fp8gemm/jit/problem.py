@@ -24,14 +24,14 @@ DENSE, RAGGED_M, MASKED, RAGGED_K = KINDS = ("dense", "ragged_m", "masked", "rag
 
 @dataclasses.dataclass(frozen=True)
 class GemmProblem:
-    """out = dequantised lhs @ dequantised rhs.T (+ out), for each of a batch and, in three kinds, each group.
+    """out = dequantised lhs @ dequantised rhs.T (+ out), for each of a batch and, in three kinds, of a group.
 
-    | kind     | lhs             | rhs             | out             | a group g of `group_sizes` [batch, G]     |
-    |----------|-----------------|-----------------|-----------------|-------------------------------------------|
-    | dense    | [batch, M, K]   | [batch, N, K]   | [batch, M, N]   |                                           |
-    | ragged_m | [batch, M, K]   | [batch, G, N, K]| [batch, M, N]   | rows of lhs and out, after those of g - 1 |
-    | masked   | [batch, G, M, K]| [batch, G, N, K]| [batch, G, M, N]| the first rows of lhs[g] and out[g]       |
-    | ragged_k | [batch, M, K]   | [batch, N, K]   | [batch, G, M, N]| columns of lhs and rhs, from a 128-block on |
+    | kind     | lhs              | rhs              | out              | group g of `group_sizes` [batch, G] |
+    |----------|------------------|------------------|------------------|-------------------------------------|
+    | dense    | [batch, M, K]    | [batch, N, K]    | [batch, M, N]    |                                     |
+    | ragged_m | [batch, M, K]    | [batch, G, N, K] | [batch, M, N]    | rows of lhs and out behind g - 1's  |
+    | masked   | [batch, G, M, K] | [batch, G, N, K] | [batch, G, M, N] | first rows of lhs[g] and out[g]     |
+    | ragged_k | [batch, M, K]    | [batch, N, K]    | [batch, G, M, N] | columns of lhs and rhs, 128-aligned |
 
     Attributes:
       m, n, k: all at least 1, and K a multiple of 16 (the lowering pads K to that; the copy engine needs rows
@@ -65,19 +65,95 @@ class GemmProblem:
     batch_invariant: bool = False
 
     def __post_init__(self):
-        for name in ("m", "n", "k", "batch"):
+        for name in ("m", "n", "k", "batch", "groups", "expected_m"):
             value = getattr(self, name)
+            if name == "expected_m" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"GemmProblem.{name}: expected a whole number of at least 1, got {value!r}")
         if self.k % TMA_ALIGNMENT:
             raise ValueError(f"GemmProblem.k: expected a multiple of {TMA_ALIGNMENT}, got {self.k}")
-        for name, allowed in (("lhs_dtype", ("e4m3", "e5m2")), ("rhs_dtype", ("e4m3", "e5m2")),
+        for name, allowed in (("kind", KINDS), ("lhs_dtype", ("e4m3", "e5m2")), ("rhs_dtype", ("e4m3", "e5m2")),
                               ("out_dtype", ("bf16", "f32")), ("rhs_scale_rows", (1, SCALE_BLOCK))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ValueError(f"GemmProblem.{name}: expected one of {allowed}, got {value!r}")
         if self.accumulate and self.out_dtype != "f32":
             raise ValueError(f"GemmProblem.accumulate: expected out_dtype 'f32', got {self.out_dtype!r}")
+        self._check_kind()
+
+    def _check_kind(self):
+        if self.kind == DENSE and self.groups != 1:
+            raise ValueError(f"GemmProblem.groups: expected 1 for kind {DENSE!r}, got {self.groups}")
+        if self.kind == RAGGED_K and self.rhs_scale_rows != 1:
+            raise ValueError(f"GemmProblem.rhs_scale_rows: expected 1 for kind {RAGGED_K!r}, got "
+                             f"{self.rhs_scale_rows}")
+        if self.accumulate and self.kind in (RAGGED_M, MASKED):
+            raise ValueError(f"GemmProblem.accumulate: expected False for kind {self.kind!r}, got True")
+
+    def __str__(self) -> str:
+        """In a few words: "64x2112x7168 bf16"; a `~` is in front of what only the device knows."""
+        count = f"{self.batch} x " if self.batch > 1 else ""
+        groups = f"{self.kind} {self.groups} x " if self.is_grouped else ""
+        m = f"~{self.rows}" if self.ends_anywhere else self.m
+        k = f"~{self.as_dense().k}" if self.kind == RAGGED_K else self.k
+        extra = " accumulate" * self.accumulate
+        if self.rhs_scale_rows == 1 and self.kind != RAGGED_K:
+            extra += " 1x128 rhs"
+        return f"{count}{groups}{m}x{self.n}x{k} {self.out_dtype}{extra}"
+
+    @property
+    def lhs_shape(self) -> tuple[int, ...]:
+        """Of the values; scales have one column for each of `num_k_blocks`."""
+        leading = (self.groups,) if self.kind == MASKED else ()
+        return self.batch if self.lhs_batched else 1, *leading, self.m, self.k
+
+    @property
+    def rhs_shape(self) -> tuple[int, ...]:
+        leading = (self.groups,) if self.kind in (RAGGED_M, MASKED) else ()
+        return self.batch if self.rhs_batched else 1, *leading, self.n, self.k
+
+    @property
+    def lhs_scale_shape(self) -> tuple[int, ...]:
+        return *self.lhs_shape[:-1], self.num_k_blocks
+
+    @property
+    def rhs_scale_shape(self) -> tuple[int, ...]:
+        return *self.rhs_shape[:-2], ceil_div(self.n, self.rhs_scale_rows), self.num_k_blocks
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        leading = (self.groups,) if self.kind in (MASKED, RAGGED_K) else ()
+        return self.batch, *leading, self.m, self.n
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there are group sizes, int32 [batch, groups], on the device."""
+        return self.kind != DENSE
+
+    @property
+    def ends_anywhere(self) -> bool:
+        """Whether groups end at any row, inside of a tile."""
+        return self.kind in (RAGGED_M, MASKED)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a product: M, or what a group whose rows only the device knows is expected to have."""
+        if self.kind == RAGGED_M:
+            return min(self.expected_m or ceil_div(self.m, self.groups), self.m)
+        if self.kind == MASKED:
+            return min(self.expected_m or self.m, self.m)
+        return self.m
+
+    def as_dense(self) -> GemmProblem:
+        """The batched GEMM that takes about as long, if groups have the sizes that are expected."""
+        if self.kind == DENSE:
+            return self
+        k = self.k
+        if self.kind == RAGGED_K:
+            k = round_up(ceil_div(self.k, self.groups), SCALE_BLOCK)
+        return dataclasses.replace(self, m=self.rows, k=k, batch=self.batch * self.groups, lhs_batched=True,
+                                   rhs_batched=True, kind=DENSE, groups=1, expected_m=None)
 
     @property
     def num_k_blocks(self) -> int:
@@ -94,4 +170,6 @@ class GemmProblem:
 
     @property
     def flops(self) -> int:
-        return 2 * self.batch * self.m * self.n * self.k
+        """Of all groups, if they have the rows that are expected."""
+        dense = self.as_dense()
+        return 2 * dense.batch * dense.m * dense.n * dense.k

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.problem import DENSE, MASKED, RAGGED_K, RAGGED_M, GemmProblem
 from jax_fp8gemm.jit.tile import shared_bytes, warpgroup_tile
 
 ENTRY = "fp8_gemm"
+
+_KINDS = {DENSE: "kDense", RAGGED_M: "kRaggedM", MASKED: "kMasked", RAGGED_K: "kRaggedK"}
+
+_DENSE_ENTRY = (
+    "    void* out, unsigned m, unsigned num_batches) {",
+    "  const fp8gemm::Arguments arguments{lhs_scale, rhs_scale, out, m, num_batches};",
+)
+_GROUPED_ENTRY = (
+    "    void* out, unsigned m, unsigned num_batches, const int* group_sizes, unsigned num_groups) {",
+    "  const fp8gemm::Arguments arguments{lhs_scale, rhs_scale, out, m, num_batches, group_sizes, num_groups};",
+)
 
 
 def constant(name: str, value: bool | int) -> str:
@@ -34,7 +45,7 @@ def _wgmma(columns: int, p_dtype: str, q_dtype: str) -> str:
 
 
 def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
-    """CUDA C++ of the kernel for `problem` under `config`; M and the batch size stay its arguments."""
+    """CUDA C++ of the kernel for `problem` under `config`; M, batch and groups stay its arguments."""
     constants = {
         "N": problem.n,
         "K": problem.k,
@@ -65,6 +76,7 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
         '#include "gemm.cuh"',
         "",
         "struct Config {",
+        f"  static constexpr auto kKind = fp8gemm::Kind::{_KINDS[problem.kind]};",
         *lines,
         _wgmma(q, p_dtype, q_dtype),
         "};",
@@ -74,8 +86,8 @@ def gemm_source(problem: GemmProblem, config: GemmConfig) -> str:
         f'extern "C" __global__ void __launch_bounds__(fp8gemm::Tile<Config>::kNumThreads, 1) {ENTRY}(',
         "    const __grid_constant__ TensorMap lhs_map, const __grid_constant__ TensorMap rhs_map,",
         "    const __grid_constant__ TensorMap out_map, const float* lhs_scale, const float* rhs_scale,",
-        "    void* out, unsigned m, unsigned num_batches) {",
-        "  fp8gemm::gemm<Config>(lhs_map, rhs_map, out_map, lhs_scale, rhs_scale, out, m, num_batches);",
+        *(_GROUPED_ENTRY if problem.is_grouped else _DENSE_ENTRY),
+        "  fp8gemm::gemm<Config>(lhs_map, rhs_map, out_map, arguments);",
         "}",
         "",
     ])

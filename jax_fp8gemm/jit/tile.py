@@ -7,13 +7,16 @@ memory.
 from __future__ import annotations
 
 import math
+import statistics
 
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div, round_up
+from jax_fp8gemm.jit.problem import RAGGED_M, SCALE_BLOCK, GemmProblem, ceil_div, round_up
 
 MMA_P = 64  # rows of a wgmma's M side
 WARPS = 4  # of a warpgroup
 PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
+GROUP_SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # sizes of groups, relative to what is expected
+_QUEUE_BYTES = 4 * (32 + 2 * 8)  # of tiles, where group sizes are on the device: slots, two barriers each
 _STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
 
 
@@ -31,10 +34,24 @@ def warpgroup_tile(config: GemmConfig) -> tuple[int, int]:
 
 
 def num_tiles(problem: GemmProblem, config: GemmConfig) -> int:
-    """Output tiles that the kernel computes, those that fill up a cluster included."""
-    tiles_m = round_up(ceil_div(problem.m, config.block_m), config.cluster_m)
+    """Output tiles that the kernel computes, those that fill up a cluster included; at most so many, where
+    they depend on group sizes."""
     tiles_n = round_up(ceil_div(problem.n, config.block_n), config.cluster_n)
-    return problem.batch * tiles_m * tiles_n
+    if problem.kind == RAGGED_M:  # each group, and the rest of the rows, may end in a tile of its own
+        whole = problem.m // (config.block_m * config.cluster_m)
+        return problem.batch * (whole + min(problem.groups + 1, problem.m)) * config.cluster_m * tiles_n
+    tiles_m = round_up(ceil_div(problem.m, config.block_m), config.cluster_m)
+    return problem.batch * problem.groups * tiles_m * tiles_n
+
+
+def expected_tiles(problem: GemmProblem, config: GemmConfig) -> float:
+    """The same for groups that have 0.7 to 1.3 times the rows that are expected."""
+    if not problem.ends_anywhere:
+        return num_tiles(problem, config)
+    tile_m = config.block_m * config.cluster_m
+    tiles_m = statistics.mean(math.ceil(max(spread * problem.rows, 1) / tile_m) for spread in GROUP_SPREADS)
+    tiles_n = round_up(ceil_div(problem.n, config.block_n), config.cluster_n)
+    return problem.batch * problem.groups * tiles_m * config.cluster_m * tiles_n
 
 
 def rhs_blocks(config: GemmConfig) -> int:
@@ -72,4 +89,6 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig) -> int:
     scales = config.num_stages * 4 * (config.block_m + rhs_scales)
     barriers = (config.num_stages * 2 + 1) * 8
     total = round_up(config.num_stages * stage + out, 16) + scales + barriers
+    if problem.is_grouped:
+        total = round_up(total, 16) + _QUEUE_BYTES
     return round_up(total, _STAGE_ALIGNMENT)

@@ -189,6 +189,23 @@ def scenario_launch(double):
     }, launch
 
 
+def scenario_map_in_front_of_its_buffer(double):
+    """300 rows of 80 bytes, as windows of 16 rows that end at any of them."""
+    of = double.launch
+    windows = of.TensorMap(2, "bf16", (40, 16, 301), (80, 80), (32, 16, 1), 64, lead=16 * 80)
+    plan = double.plan(arguments=(*double.plan().arguments[:3], windows))
+    call = double.ready(plan)
+    assert double.execute(call, plan) is None
+    _, out = double.journal("cuTensorMapEncodeTiled")
+    assert out["address"] == ADDRESSES[2] - 16 * 80
+    assert out["shape"] == [40, 16, 301]
+    expect(
+        double.execute(call, plan, sizes=(*SIZES[:2], SIZES[2] - 1)),
+        "lead 1280 reaches over 25280 bytes",
+        "23999 bytes",
+    )
+
+
 def scenario_plain_launch(double):
     plan = double.plan(cluster=(1, 1, 1))
     assert double.execute(double.ready(plan), plan) is None
