@@ -1,9 +1,9 @@
-"""Times `quantize` under jax.jit against the bandwidth of a device-to-device copy.
+"""Times `quantize` and `quantize_swiglu`: the kernel, and what XLA makes of the same in jnp, against a copy.
 
     python -m benchmarks.bench_quantize
 
-Quantisation reads bf16 and writes e4m3 with its scales: it is bound by memory, and a copy shows what memory
-gives. Writes benchmarks/results/quantize-<GPU>.json.
+Quantisation reads bf16 and writes e4m3 with its scales: it is bound by memory, and a device-to-device copy
+shows what memory gives. Writes benchmarks/results/quantize-<GPU>.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.timing import Call, KernelTimer
 from benchmarks.workloads import QUANTIZE_WORKLOADS, QuantizeWorkload
 
 _COPY_BYTES = 4 << 30
+IMPLEMENTATIONS = {"kernel": "hopper", "XLA": "reference"}
 
 
 def copy_bandwidth(timer: KernelTimer, repeats: int) -> float:
@@ -33,15 +34,23 @@ def copy_bandwidth(timer: KernelTimer, repeats: int) -> float:
     return _COPY_BYTES / timer({"copy": call}, repeats=repeats)["copy"].median / 1e3
 
 
-def bind(workload: QuantizeWorkload) -> Call:
-    """`quantize` of random bf16 data, compiled."""
+def bind(workload: QuantizeWorkload, implementation: str) -> Call:
+    """The quantisation of random bf16 data, compiled; scales of rows lie rows fastest, as a GEMM wants them."""
     import jax
     import jax.numpy as jnp
 
-    from jax_fp8gemm import quantize
+    from jax_fp8gemm import quantize, quantize_swiglu
 
-    x = jax.random.normal(jax.random.key(0), (workload.rows, workload.columns), jnp.bfloat16)
-    compiled = jax.jit(lambda x: quantize(x, workload.granularity)).lower(x).compile()
+    def run(x):
+        if workload.swiglu:
+            array = quantize_swiglu(x, implementation=implementation)
+        else:
+            array = quantize(x, workload.granularity, implementation=implementation)
+        return array.values, array.scales.mT if workload.granularity[0] == 1 else array.scales
+
+    shape = workload.rows, workload.columns * (2 if workload.swiglu else 1)
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    compiled = jax.jit(run).lower(x).compile()
     return Call(run=lambda: compiled(x), wait=jax.block_until_ready)
 
 
@@ -49,28 +58,38 @@ def measure(
     workload: QuantizeWorkload, timer: KernelTimer, copy_gb_per_s: float, repeats: int
 ) -> dict[str, Any]:
     """One row of the JSON."""
-    samples = timer({"quantize": bind(workload)}, repeats=repeats)["quantize"]
-    gb_per_s = workload.bytes / samples.median / 1e3
+    calls = {name: bind(workload, implementation) for name, implementation in IMPLEMENTATIONS.items()}
+    results = {}
+    for name, samples in timer(calls, repeats=repeats).items():
+        gb_per_s = workload.bytes / samples.median / 1e3
+        results[name] = {
+            **samples.summary(),
+            "gb_per_s": round(gb_per_s, 1),
+            "of_copy": round(gb_per_s / copy_gb_per_s, 4),
+        }
     return {
         "workload": workload.name,
         "rows": workload.rows,
         "columns": workload.columns,
         "granularity": list(workload.granularity),
+        "swiglu": workload.swiglu,
         "bytes": workload.bytes,
-        **samples.summary(),
-        "gb_per_s": round(gb_per_s, 1),
-        "of_copy": round(gb_per_s / copy_gb_per_s, 4),
+        "results": results,
     }
 
 
 def print_table(report: Mapping[str, Any]) -> None:
     print(f"\n{report['gpu']}: a copy moves {report['copy_gb_per_s']:.0f} GB/s")
-    print(f"{'rows x columns, block':>24}{'us':>10}{'GB/s':>8}{'of copy':>9}{'kernels':>9}")
+    print(f"{'rows x columns, block':>28}" + "".join(f"{name:>24}" for name in IMPLEMENTATIONS))
+    print(" " * 28 + f"{'us':>10}{'GB/s':>7}{'copy':>7}" * len(IMPLEMENTATIONS))
     for row in report["rows"]:
-        print(
-            f"{row['workload']:>24}{row['median_us']:10.1f}{row['gb_per_s']:8.0f}{row['of_copy']:9.0%}"
-            f"{len(row['kernels']):9}"
-        )
+        print(f"{row['workload']:>28}", end="")
+        for result in row["results"].values():
+            print(
+                f"{result['median_us']:10.1f}{result['gb_per_s']:7.0f}{result['of_copy']:7.0%}",
+                end="",
+            )
+        print()
 
 
 def main() -> int:

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
+SCALE_BLOCK = 128
+PROGRAM_CALLS = 20  # GEMMs in one jitted program, where wall time is measured
+_PROGRAM_BYTES = 8e9  # that the operands of such a program may take
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -28,6 +34,15 @@ class Workload:
         return f"{self.m}x{self.n}x{self.k}"
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """As a row of the JSON has them."""
+        return {"m": self.m, "n": self.n, "k": self.k}
+
+    @property
+    def program_calls(self) -> int:
+        return PROGRAM_CALLS
+
+    @property
     def flops(self) -> int:
         return 2 * self.m * self.n * self.k
 
@@ -40,28 +55,106 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeWorkload:
-    """One quantisation: bf16 [rows, columns] to e4m3 with the given granularity.
+class GroupedWorkload:
+    """One grouped GEMM of e4m3 operands; shapes as in `jax_fp8gemm`.
+
+    | kind     | lhs, 1x128 | rhs                | out             |
+    |----------|------------|--------------------|-----------------|
+    | ragged_m | [M, K]     | [G, N, K], 128x128 | [M, N] bf16     |
+    | masked   | [G, M, K]  | [G, N, K], 128x128 | [G, M, N] bf16  |
+    | ragged_k | [M, K]     | [N, K], 1x128      | [G, M, N] f32   |
 
     Attributes:
-      rows, columns: the sizes of the array.
+      kind: one of these.
+      m, n, k: its sizes; K of ragged_k has whole blocks of 128 for every group.
+      group_sizes: tokens of each group.
+      tags: what it stands for; see GROUPED_TAGS.
+    """
+
+    kind: str
+    m: int
+    n: int
+    k: int
+    group_sizes: tuple[int, ...]
+    tags: frozenset[str] = frozenset()
+
+    @property
+    def groups(self) -> int:
+        return len(self.group_sizes)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.group_sizes)
+
+    @property
+    def expected_group_size(self) -> int:
+        return max(1, round(self.tokens / self.groups))
+
+    @property
+    def name(self) -> str:
+        sizes = f"{self.m}x{self.n}" if self.kind == "ragged_k" else f"{self.n}x{self.k}"
+        return f"{self.kind}-{self.groups}x{self.expected_group_size}-{sizes}"
+
+    @property
+    def sizes(self) -> dict[str, int | str | list[int]]:
+        """As a row of the JSON has them."""
+        return {"kind": self.kind, "m": self.m, "n": self.n, "k": self.k, "group_sizes": [*self.group_sizes]}
+
+    @property
+    def flops(self) -> int:
+        """Of the tokens that there are."""
+        return 2 * self.tokens * self.n * (self.m if self.kind == "ragged_k" else self.k)
+
+    @property
+    def bytes(self) -> int:
+        """The fewest bytes to move: tokens and the weights of groups that have some, read or written once."""
+        if self.kind == "ragged_k":
+            scales = 4 * -(-self.k // SCALE_BLOCK) * (self.m + self.n)
+            return self.tokens * (self.m + self.n) + scales + 4 * self.groups * self.m * self.n
+        k_blocks, n_blocks = -(-self.k // SCALE_BLOCK), -(-self.n // SCALE_BLOCK)
+        weights = sum(size > 0 for size in self.group_sizes) * (self.n * self.k + 4 * n_blocks * k_blocks)
+        return weights + self.tokens * (self.k + 4 * k_blocks + 2 * self.n)
+
+    @property
+    def program_calls(self) -> int:
+        return int(max(1, min(PROGRAM_CALLS, _PROGRAM_BYTES // self.bytes)))
+
+    @property
+    def valid_rows(self) -> np.ndarray:
+        """The rows of the result that belong to a group, its leading axes flattened."""
+        if self.kind == "ragged_m":
+            return np.arange(self.tokens)
+        if self.kind == "ragged_k":
+            return np.arange(self.groups * self.m)
+        return np.concatenate([g * self.m + np.arange(size) for g, size in enumerate(self.group_sizes)])
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeWorkload:
+    """One quantisation: bf16 to e4m3 [rows, columns] with the given granularity.
+
+    Attributes:
+      rows, columns: the sizes of the result.
       granularity: (1, 128) or (128, 128).
+      swiglu: of silu(gate) * up, from bf16 [rows, 2 * columns].
     """
 
     rows: int
     columns: int
-    granularity: tuple[int, int]
+    granularity: tuple[int, int] = (1, 128)
+    swiglu: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.columns} {self.granularity[0]}x{self.granularity[1]}"
+        block = f"{self.granularity[0]}x{self.granularity[1]}"
+        return f"{self.rows}x{self.columns} {'swiglu ' * self.swiglu}{block}"
 
     @property
     def bytes(self) -> int:
         """bf16 read once, e4m3 and f32 scales written once."""
         block_rows, block_columns = self.granularity
         scales = -(-self.rows // block_rows) * -(-self.columns // block_columns)
-        return 3 * self.rows * self.columns + 4 * scales
+        return (5 if self.swiglu else 3) * self.rows * self.columns + 4 * scales
 
 
 TAGS = {
@@ -92,9 +185,74 @@ WORKLOADS: tuple[Workload, ...] = (
     *(_workload(m, n, k, "decode") for m in (1, 16) for n, k in ((2112, 7168), (7168, 16384), (4096, 7168))),
 )
 
+GROUPED_TAGS = {
+    "contiguous": "training and prefill: thousands of tokens per expert",
+    "masked": "decoding with room for more tokens than there are",
+    "masked_few": "the masked ones of 16 or 20 tokens per expert",
+    "ragged_k": "weight gradients",
+    "small_experts": "many experts of sizes that are no multiple of 128",
+    "ragged_dot": "a shape that jax.lax.ragged_dot is measured at",
+    "quick": "the short list behind --quick",
+}
+_EXPERT_LAYERS = ((4096, 7168), (7168, 2048))  # N x K of DeepSeek-V3's experts: up and gate, down
+_MASKED = ((1, 1182), (2, 518), (4, 262), (32, 20), (32, 195), (8, 16))
+_FEW_TOKENS = 32
+_ROOM = 1.4  # for the tokens of a masked group, over the mean
+_GROUPED_QUICK = {"ragged_m-4x8192-4096x7168", "masked-32x20-4096x7168", "ragged_k-4x8192-4096x7168"}
+
+
+def _around(mean: int, groups: int) -> tuple[int, ...]:
+    """Sizes from 0.7 to 1.3 of their mean."""
+    drawn = np.random.default_rng([mean, groups]).uniform(0.7, 1.3, groups)
+    return tuple(int(size) for size in np.rint(mean * drawn / drawn.mean()))
+
+
+def _routed(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
+    """Tokens per expert, where each one goes to `top_k` different experts at random."""
+    scores = np.random.default_rng(0).random((tokens, experts))
+    chosen = np.argpartition(scores, top_k, axis=1)[:, :top_k]
+    return tuple(np.bincount(chosen.ravel(), minlength=experts).tolist())
+
+
+def _grouped(kind: str, m: int, n: int, k: int, group_sizes: tuple[int, ...], *tags: str) -> GroupedWorkload:
+    plain = GroupedWorkload(kind, m, n, k, group_sizes, frozenset(tags))
+    extra = {"quick"} if plain.name in _GROUPED_QUICK else set()
+    return dataclasses.replace(plain, tags=plain.tags | extra)
+
+
+def _ragged_m(group_sizes: tuple[int, ...], n: int, k: int, *tags: str) -> GroupedWorkload:
+    return _grouped("ragged_m", sum(group_sizes), n, k, group_sizes, *tags)
+
+
+def _masked(groups: int, mean: int, n: int, k: int) -> GroupedWorkload:
+    tags = ("masked", "masked_few") if mean <= _FEW_TOKENS else ("masked",)
+    return _grouped("masked", -(-int(_ROOM * mean) // 64) * 64, n, k, _around(mean, groups), *tags)
+
+
+def _ragged_k(group_sizes: tuple[int, ...], m: int, n: int) -> GroupedWorkload:
+    k = sum(-(-size // SCALE_BLOCK) * SCALE_BLOCK for size in group_sizes)
+    return _grouped("ragged_k", m, n, k, group_sizes, "ragged_k")
+
+
+_SMALL_EXPERTS = _routed(8192, 128, 8), tuple(np.random.default_rng(0).integers(20, 61, 64).tolist())
+
+GROUPED_WORKLOADS: tuple[GroupedWorkload, ...] = (
+    *(_ragged_m((tokens,) * groups, n, k, "contiguous", "ragged_dot")
+      for groups, tokens in ((4, 8192), (8, 4096)) for n, k in _EXPERT_LAYERS),
+    *(_masked(groups, mean, n, k) for groups, mean in _MASKED for n, k in _EXPERT_LAYERS),
+    *(_ragged_k((tokens,) * groups, m, n)
+      for groups, tokens in ((4, 8192), (8, 4096)) for m, n in _EXPERT_LAYERS),
+    *(_ragged_m(sizes, n, k, "small_experts")
+      for sizes in _SMALL_EXPERTS for n in (4096, 3072) for k in (7168, 2048)),
+    _ragged_m((128,) * 32, 4096, 7168, "ragged_dot"),
+)
+
 QUANTIZE_WORKLOADS: tuple[QuantizeWorkload, ...] = (
-    *(QuantizeWorkload(m, k, (1, 128)) for m in (64, 4096, 8192) for k in (2048, 7168, 16384)),
+    *(QuantizeWorkload(m, k) for m in (64, 4096, 8192) for k in (2048, 7168, 16384)),
+    *(QuantizeWorkload(m, k) for m, k in ((4096, 18432), (32768, 7168))),
     *(QuantizeWorkload(n, k, (128, 128)) for n, k in ((4096, 7168), (7168, 2048), (7168, 16384))),
+    *(QuantizeWorkload(m, f, swiglu=True) for m, f in ((64, 2048), (4096, 18432))),
+    *(QuantizeWorkload(m, 2048, swiglu=True) for m in (8192, 32768)),
 )
 
 
@@ -107,6 +265,18 @@ def select(*tags: str) -> list[Workload]:
     if unknown := set(tags) - TAGS.keys():
         raise ValueError(f"select: expected tags among {sorted(TAGS)}, got {sorted(unknown)}")
     return [workload for workload in WORKLOADS if workload.tags & set(tags)]
+
+
+def select_grouped(*names: str) -> list[GroupedWorkload]:
+    """The grouped workloads of these names, or with any of these tags, in the order of the list.
+
+    Raises:
+      ValueError: what is neither a name nor a tag.
+    """
+    known = {w.name for w in GROUPED_WORKLOADS} | GROUPED_TAGS.keys()
+    if unknown := set(names) - known:
+        raise ValueError(f"select_grouped: expected names or tags among {sorted(known)}, got {sorted(unknown)}")
+    return [w for w in GROUPED_WORKLOADS if w.name in names or w.tags & set(names)]
 
 
 def parse(text: str) -> Workload:

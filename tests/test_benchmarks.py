@@ -95,6 +95,7 @@ def test_bytes_count_every_array_once():
     assert Workload(3, 130, 256).flops == 2 * 3 * 130 * 256
     assert workloads.QuantizeWorkload(3, 256, (1, 128)).bytes == 3 * 3 * 256 + 4 * 3 * 2
     assert workloads.QuantizeWorkload(130, 256, (128, 128)).bytes == 3 * 130 * 256 + 4 * 2 * 2
+    assert workloads.QuantizeWorkload(3, 256, swiglu=True).bytes == 5 * 3 * 256 + 4 * 3 * 2
 
 
 def test_parse_finds_the_tags_of_listed_shapes():
