@@ -1,11 +1,14 @@
 """The documents: their code runs, their links resolve, their tables are those of the code."""
 
+import doctest
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+import jax_fp8gemm
 from benchmarks import readme_table
 from jax_fp8gemm import operation
 from jax_fp8gemm.jit import settings
@@ -65,6 +68,15 @@ def test_the_code_of_the_readme_runs(readme):
     assert readme["y"].shape == (64, 2112)
     assert readme["y"].dtype == jnp.bfloat16
     assert b"jax_fp8gemm_launch_v1" in readme["program"], "the exported program calls the kernel"
+
+
+@pytest.mark.parametrize("name", jax_fp8gemm.__all__)
+def test_the_examples_of_docstrings_run(name):
+    given = {"model": lambda params, tokens: tokens, "params": {}, "tokens": 1}  # an example's own
+    names = {"jax": jax, "jnp": jnp, **vars(jax_fp8gemm), **given}
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(recurse=False).find(getattr(jax_fp8gemm, name), name, globs=names):
+        assert runner.run(example).failed == 0
 
 
 def test_the_readme_has_the_table_of_environment_variables():
