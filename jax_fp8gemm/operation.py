@@ -97,6 +97,25 @@ def is_explicitly_sharded(aval) -> bool:
     return AxisType.Explicit in aval.sharding.mesh.axis_types and any(aval.sharding.spec)
 
 
+def suits_kernel(*operands) -> bool:
+    """Whether a kernel can be compiled for these, and run where they are."""
+    return not any(is_explicitly_sharded(jax.typeof(x)) or any(map(jax.export.is_symbolic_dim, x.shape))
+                   for x in operands)
+
+
+def fold_into_batch(primitive, axis, operands, dims, params):
+    """The batch rule of a primitive all of whose operands and results have a batch axis first.
+
+    The mapped axis goes into it, for one launch; an operand that is not mapped is repeated.
+    """
+    fronts = [batching.bdim_at_front(x, dim, axis.size, axis.explicit_mesh_axis)
+              for x, dim in zip(operands, dims, strict=True)]
+    batch = fronts[0].shape[1]
+    folded = [x.reshape(axis.size * batch, *x.shape[2:]) for x in fronts]
+    results = primitive.bind(*match_varying(*folded), **params)
+    return [x.reshape(axis.size, batch, *x.shape[1:]) for x in results], [0] * len(results)
+
+
 def match_varying(*arrays):
     """The arrays, cast to vary over the same manual mesh axes, as operands must inside shard_map."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]

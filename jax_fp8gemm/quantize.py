@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_fp8gemm import reference
 from jax_fp8gemm.jit.problem import MASKED, RAGGED_M
-from jax_fp8gemm.operation import IMPLEMENTATIONS, is_explicitly_sharded, match_varying
+from jax_fp8gemm.operation import IMPLEMENTATIONS, match_varying, suits_kernel
 from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p
 from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
@@ -64,7 +64,7 @@ def quantize(
     if granularity not in GRANULARITIES:
         raise ValueError(f"quantize: expected a granularity of {GRANULARITIES}, got {granularity!r}")
     with jax.named_scope("fp8_quantize"):
-        if implementation == "reference" or (implementation is None and not _suits_kernel(x)):
+        if implementation == "reference" or (implementation is None and not suits_kernel(x)):
             return ScaledArray(*reference.quantize(x, granularity=granularity, dtype=dtype), granularity)
         values, scales = quantize_p.bind(_with_one_batch_axis(x), granularity=granularity, dtype=dtype,
                                          implementation=implementation)
@@ -122,7 +122,7 @@ def quantize_swiglu(
         sizes = [group_sizes[None] if kind == RAGGED_M else group_sizes]
     with jax.named_scope("fp8_quantize_swiglu"):
         operands = match_varying(_with_one_batch_axis(x), *sizes)
-        if implementation == "reference" or (implementation is None and not _suits_kernel(x, *sizes)):
+        if implementation == "reference" or (implementation is None and not suits_kernel(x, *sizes)):
             values, scales = reference.quantize_swiglu(*operands, kind=kind, dtype=dtype)
         else:
             values, scales = quantize_swiglu_p.bind(*operands, kind=kind, dtype=dtype,
@@ -155,12 +155,6 @@ def _kind_of_groups(x, group_sizes):
     return RAGGED_M if x.ndim == 2 else MASKED
 
 
-def _suits_kernel(*operands):
-    """Whether a kernel can be compiled for these, and run where they are."""
-    return not any(is_explicitly_sharded(jax.typeof(x)) or any(map(jax.export.is_symbolic_dim, x.shape))
-                   for x in operands)
-
-
 def _with_one_batch_axis(x):
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
@@ -185,8 +179,8 @@ def dequantize(array: ScaledArray, dtype: jax.typing.DTypeLike = jnp.bfloat16) -
       ValueError: array is no ScaledArray, or its values and scales do not fit together.
 
     Example:
-      >>> dequantize(quantize(jnp.full((4, 256), 3.0)), jnp.float32)[0, 0]
-      Array(3., dtype=float32)
+      >>> dequantize(quantize(jnp.full((4, 256), 3.0)))[0, 0]
+      Array(3, dtype=bfloat16)
     """
     if not isinstance(array, ScaledArray):
         raise ValueError(f"dequantize: expected a ScaledArray, got {type(array).__name__}")

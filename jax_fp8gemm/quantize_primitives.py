@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import batching
 
 from jax_fp8gemm import reference
 from jax_fp8gemm.jit.custom_call import DTYPES
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.problem import RAGGED_M
 from jax_fp8gemm.jit.quantize import QuantizeProblem, plan_quantize
-from jax_fp8gemm.operation import Operation, match_varying, register
+from jax_fp8gemm.operation import Operation, fold_into_batch, register
 from jax_fp8gemm.scaling import ROW_BLOCKS, scale_shape
 
 _DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in {**DTYPES, "f16": jnp.float16}.items()}
@@ -30,16 +29,6 @@ def _call(problem, shape, granularity, dtype, *operands):
     values, scales = (jax.ShapeDtypeStruct(*result) for result in _results(shape, granularity, dtype))
     scales_layout = (0, 2, 1) if granularity == ROW_BLOCKS else (0, 1, 2)
     return kernel_call(plan_quantize(problem), [values, scales], [None, scales_layout])(*operands)
-
-
-def _batch(primitive, axis, operands, dims, params):
-    """The mapped axis goes into the batch, for one launch; an operand that is not mapped is repeated."""
-    fronts = [batching.bdim_at_front(x, dim, axis.size, axis.explicit_mesh_axis)
-              for x, dim in zip(operands, dims, strict=True)]
-    batch = fronts[0].shape[1]
-    folded = [x.reshape(axis.size * batch, *x.shape[2:]) for x in fronts]
-    results = primitive.bind(*match_varying(*folded), **params)
-    return [x.reshape(axis.size, batch, *x.shape[1:]) for x in results], [0] * len(results)
 
 
 # ---- fp8_quantize: x [B, R, C] -> values [B, R, C], scales [B, ceil(R/rows), ceil(C/128)]
@@ -56,7 +45,7 @@ def _quantize_hopper(x, *, granularity, dtype):
 
 
 def _quantize_batch(axis, operands, dims, **params):
-    return _batch(quantize_p, axis, operands, dims, params)
+    return fold_into_batch(quantize_p, axis, operands, dims, params)
 
 
 quantize_p = register(Operation("fp8_quantize", _quantize_results, _quantize_batch, reference.quantize,
@@ -84,7 +73,7 @@ def _swiglu_hopper(x, *group_sizes, kind, dtype):
 
 
 def _swiglu_batch(axis, operands, dims, **params):
-    return _batch(quantize_swiglu_p, axis, operands, dims, params)
+    return fold_into_batch(quantize_swiglu_p, axis, operands, dims, params)
 
 
 quantize_swiglu_p = register(Operation("fp8_quantize_swiglu", _swiglu_results, _swiglu_batch,
