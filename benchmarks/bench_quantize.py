@@ -35,7 +35,7 @@ def copy_bandwidth(timer: KernelTimer, repeats: int) -> float:
 
 
 def bind(workload: QuantizeWorkload, implementation: str) -> Call:
-    """The quantisation of random bf16 data, compiled; scales of rows lie rows fastest, as a GEMM wants them."""
+    """The quantisation of random bf16 data, compiled; the scales lie in memory as a GEMM wants them."""
     import jax
     import jax.numpy as jnp
 

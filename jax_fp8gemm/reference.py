@@ -1,10 +1,10 @@
 """The meaning of every operation in plain jnp: the oracle, and what runs on anything but Hopper.
 
-`quantize` and `dequantize` are defined to the bit, on every platform, and a kernel must match them. `gemm`
-is defined up to the rounding of sums: it promotes every 128-block of K with its scales, in K order, as the
-Hopper kernel does, but sums the 128 products of a block in f32, in an order that XLA chooses. Hopper's tensor
-cores keep 13 fraction bits there. tests/emulator.py models the kernel's own bits, and tests/bounds.py derives
-how far from exact they can be.
+`quantize` and `dequantize` are defined to the bit, on every platform, and a kernel must match them;
+`quantize_swiglu` up to the rounding of its f32 arithmetic. `gemm` is defined up to the rounding of sums: it
+promotes every 128-block of K with its scales, in K order, as the Hopper kernel does, but sums the 128
+products of a block in f32, in an order that XLA chooses. Hopper's tensor cores keep 13 fraction bits there.
+tests/emulator.py models the kernel's own bits, and tests/bounds.py derives how far from exact they can be.
 """
 
 from __future__ import annotations
