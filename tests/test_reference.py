@@ -66,3 +66,18 @@ def test_no_k_is_zero():
     lhs, rhs = (quantize(jnp.ones((1, rows, 0)), ROW_BLOCKS) for rows in (3, 5))
     np.testing.assert_array_equal(gemm(lhs, rhs), np.zeros((1, 3, 5)))
     np.testing.assert_array_equal(gemm(lhs, rhs, jnp.full((1, 3, 5), 2.0)), np.full((1, 3, 5), 2))
+
+
+@pytest.mark.parametrize(("sizes", "starts", "ends"), [
+    ([3, 0, 4], [0, 3, 3], [3, 3, 7]),
+    ([3, -5, 4], [0, 3, 3], [3, 3, 7]),
+    ([3, 8, 4], [0, 3, 10], [3, 10, 10]),
+    ([3, 2**31 - 1, 2**31 - 1], [0, 3, 10], [3, 10, 10]),
+    ([-(2**31), 10, 1], [0, 0, 10], [0, 10, 10]),
+    ([], [], []),
+])
+def test_group_bounds_saturate(sizes, starts, ends):
+    np.testing.assert_array_equal(reference.group_bounds(jnp.array(sizes, jnp.int32), 10), [starts, ends])
+    limit = 2**31 - 1  # where a plain sum of two sizes overflows
+    ends = reference.group_bounds(jnp.array([[limit, limit], [limit - 1, 5]]), limit)[1]
+    np.testing.assert_array_equal(ends, [[limit, limit], [limit - 1, limit]])
