@@ -73,34 +73,47 @@ struct Chunk {
     }
   }
 
-  // The largest magnitude of the finite elements, or 0. Infinities become NaN, which fmaxf passes over.
-  __device__ float amax() {
-    const float largest = max_magnitude();
-    if (largest <= kLargestFloat) return largest;
-#pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i)
-      if ((bits(i) & mask(~0u >> 1)) == Format::kInfinity) set(i, Format::kQuietNaN);
-    return max_magnitude();
-  }
-
- private:
-  // `ones` in the width of an element.
-  __device__ static constexpr u32 mask(u32 ones) { return kBits == 32 ? ones : ones >> 16; }
-
+  // NaN, which fmaxf passes over, does not count.
   __device__ float max_magnitude() const {
     float largest = 0;
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) largest = fmaxf(largest, fabsf((*this)[i]));
     return largest;
   }
+
+  __device__ void infinities_to_nan() {
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i)
+      if ((bits(i) & mask(~0u >> 1)) == Format::kInfinity) set(i, Format::kQuietNaN);
+  }
+
+ private:
+  // `ones` in the width of an element.
+  __device__ static constexpr u32 mask(u32 ones) { return kBits == 32 ? ones : ones >> 16; }
 };
 
-// The largest over the 16 lanes of a block, in each of them.
-__device__ __forceinline__ float max_over_block(float x) {
+// The largest magnitude of each chunk's finite elements, or 0; infinities become NaN. One branch for all, so
+// that nothing waits for another chunk.
+template <int kCount, class Format>
+__device__ __forceinline__ void finite_maxima(Chunk<Format> (&chunks)[kCount], float (&amax)[kCount]) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, amax[i] = chunks[i].max_magnitude());
+  if (largest <= kLargestFloat) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    chunks[i].infinities_to_nan();
+    amax[i] = chunks[i].max_magnitude();
+  }
+}
+
+// The largest of each over the 16 lanes of a block, in each of them.
+template <int kCount>
+__device__ __forceinline__ void max_over_block(float (&x)[kCount]) {
 #pragma unroll
   for (int distance = kBlockLanes / 2; distance > 0; distance /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
-  return x;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(0xffffffff, x[i], distance));
 }
 
 template <class Float8>

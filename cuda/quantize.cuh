@@ -56,6 +56,9 @@ struct QuantizeTile {
     column = block * kBlockColumns + lane * (Config::kVector ? kLaneColumns : 1);
   }
 
+  // Where this thread's rows end: at once if its columns are beyond the last.
+  __device__ u32 end(u32 limit, u32 columns) const { return column < columns ? limit : 0; }
+
   // The index-th of all tiles; those of the same rows follow each other.
   __device__ static QuantizeTile at(u32 index, const Quantized& out) {
     const u32 across = tiles_per_row(out.num_blocks()), down = tiles_per_column(out.rows);
@@ -69,7 +72,7 @@ __device__ __forceinline__ void load_chunk(Chunk<typename Config::Input>& chunk,
                                            const typename Config::Input::Storage* row, u32 column,
                                            u32 columns) {
   if constexpr (Config::kVector) {
-    if (column < columns) chunk.load(row + column);
+    chunk.load(row + column);
   } else {
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i)
@@ -80,7 +83,7 @@ __device__ __forceinline__ void load_chunk(Chunk<typename Config::Input>& chunk,
 template <class Config>
 __device__ __forceinline__ void store_codes(uint2 codes, u8* row, u32 column, u32 columns) {
   if constexpr (Config::kVector) {
-    if (column < columns) ptx::store_8(row + column, codes.x, codes.y);
+    ptx::store_8(row + column, codes.x, codes.y);
   } else {
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i)
@@ -99,9 +102,10 @@ struct Rows {
 
   __device__ void load(const typename Format::Storage* x, const Tile& tile, const Quantized& out, u32 limit) {
     const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
+    const u32 end = tile.end(limit, out.columns);
 #pragma unroll
     for (u32 i = 0; i < Tile::kThreadRows; ++i)
-      if (tile.first_row + i < limit)
+      if (tile.first_row + i < end)
         load_chunk<Config>(chunks[i], x + (first + i) * out.columns, tile.column, out.columns);
   }
 };
@@ -118,9 +122,10 @@ struct SwigluRows {
                        u32 limit) {
     Chunk<typename Config::Input> gates[Tile::kThreadRows], ups[Tile::kThreadRows];
     const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
+    const u32 end = tile.end(limit, out.columns);
 #pragma unroll
     for (u32 i = 0; i < Tile::kThreadRows; ++i)
-      if (tile.first_row + i < limit) {
+      if (tile.first_row + i < end) {
         const auto* row = x + (first + i) * 2 * out.columns;
         load_chunk<Config>(gates[i], row, tile.column, out.columns);
         load_chunk<Config>(ups[i], row + out.columns, tile.column, out.columns);
@@ -144,12 +149,13 @@ __device__ void quantize_row_blocks(Source& source, const QuantizeTile<Config>& 
   using Float8 = typename Config::Float8;
   constexpr u32 kThreadRows = Config::kThreadRows;
   static_assert(kThreadRows <= kBlockLanes);
+  float maxima[kThreadRows];
+  finite_maxima(source.chunks, maxima);
+  max_over_block(maxima);
   float amax = 0;  // of the row that has the lane's number
 #pragma unroll
-  for (u32 i = 0; i < kThreadRows; ++i) {
-    const float of_row = max_over_block(source.chunks[i].amax());
-    if (tile.lane == i) amax = of_row;
-  }
+  for (u32 i = 0; i < kThreadRows; ++i)
+    if (tile.lane == i) amax = maxima[i];
   const float scale = scale_of<Float8>(amax), reciprocal = __frcp_rn(scale);
   // Eight rows of a block are a sector of 32 bytes.
   const u32 scale_row = tile.first_row + tile.lane, num_blocks = out.num_blocks();
@@ -157,10 +163,11 @@ __device__ void quantize_row_blocks(Source& source, const QuantizeTile<Config>& 
     out.scales[(static_cast<i64>(tile.batch) * num_blocks + tile.block) * out.rows + scale_row] = scale;
 
   const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
+  const u32 end = tile.end(limit, out.columns);
 #pragma unroll
   for (u32 i = 0; i < kThreadRows; ++i) {
     const float of_row = __shfl_sync(0xffffffff, reciprocal, i, kBlockLanes);
-    if (tile.first_row + i < limit)
+    if (tile.first_row + i < end)
       store_codes<Config>(quantized<Float8>(source.chunks[i], of_row), out.values + (first + i) * out.columns,
                           tile.column, out.columns);
   }
@@ -170,8 +177,8 @@ __device__ void quantize_row_blocks(Source& source, const QuantizeTile<Config>& 
 template <int kThreads>
 __device__ __forceinline__ float max_over_cta(float x) {
   __shared__ float of_warps[kThreads / 32];
-  x = max_over_block(x);
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, kBlockLanes));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
   of_warps[threadIdx.x / 32] = x;
   __syncthreads();
 #pragma unroll
@@ -186,18 +193,20 @@ __device__ void quantize_square_block(Source& source, const QuantizeTile<Config>
   using Tile = QuantizeTile<Config>;
   using Float8 = typename Config::Float8;
   static_assert(Tile::kRows == kBlockColumns && Tile::kColumnBlocks == 1);
-  float amax = 0;
+  float maxima[Tile::kThreadRows], amax = 0;
+  finite_maxima(source.chunks, maxima);
 #pragma unroll
-  for (u32 i = 0; i < Tile::kThreadRows; ++i) amax = fmaxf(amax, source.chunks[i].amax());
+  for (u32 i = 0; i < Tile::kThreadRows; ++i) amax = fmaxf(amax, maxima[i]);
   const float scale = scale_of<Float8>(max_over_cta<Config::kThreads>(amax)), reciprocal = __frcp_rn(scale);
   if (threadIdx.x == 0) {
     const i64 row_block = static_cast<i64>(tile.batch) * Tile::tiles_per_column(out.rows) + tile.tile_row;
     out.scales[row_block * out.num_blocks() + tile.block] = scale;
   }
   const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
+  const u32 end = tile.end(out.rows, out.columns);
 #pragma unroll
   for (u32 i = 0; i < Tile::kThreadRows; ++i)
-    if (tile.first_row + i < out.rows)
+    if (tile.first_row + i < end)
       store_codes<Config>(quantized<Float8>(source.chunks[i], reciprocal),
                           out.values + (first + i) * out.columns, tile.column, out.columns);
 }
