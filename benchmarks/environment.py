@@ -18,6 +18,7 @@ _PACKAGES = (
     "jax",
     "jaxlib",
     "jax-cuda13-plugin",
+    "tokamax",
     "torch",
     "triton",
     "deep_gemm",
@@ -85,14 +86,15 @@ def result_path(report: dict[str, Any]) -> pathlib.Path:
     return RESULTS / f"{report['kind']}-{report['gpu'].lower().replace(' ', '-')}.json"
 
 
-def read(path: pathlib.Path, kind: str) -> dict[str, Any]:
+def read(path: pathlib.Path, *kinds: str) -> dict[str, Any]:
     """A report of a benchmark.
 
     Raises:
-      ValueError: the file is of another kind or schema.
+      ValueError: the file is of none of these kinds, or of another schema.
     """
     report = json.loads(path.read_text())
     found = report.get("kind"), report.get("schema")
-    if found != (kind, SCHEMA):
-        raise ValueError(f"{path}: expected a report of kind {kind!r} with schema {SCHEMA}, got {found}")
+    if found not in [(kind, SCHEMA) for kind in kinds]:
+        kind = " or ".join(map(repr, kinds))
+        raise ValueError(f"{path}: expected a report of kind {kind} with schema {SCHEMA}, got {found}")
     return report

@@ -1,12 +1,13 @@
-"""Draws the results of bench_dense: a roofline, and bars of the speed over DeepGEMM.
+"""Draws the results of bench_dense and bench_grouped: a roofline, and bars of the speed over DeepGEMM.
 
-python -m benchmarks.plot                        # every dense-*.json in benchmarks/results
+python -m benchmarks.plot                        # every such report in benchmarks/results
 python -m benchmarks.plot report.json --out figures/
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +31,14 @@ _COLORS = {
     "cutlass_block": "#66a182",
     "jnp_bf16": "#8d96a3",
     "xla_fp8": "#2e4057",
+    "ragged_dot_bf16": "#8d96a3",
+    "tokamax_bf16": "#2e4057",
+    "deepgemm_padding": "#66a182",
 }
-_BASELINE = "deepgemm"
+_BASELINE, _FALLBACKS = "deepgemm", ("jnp_bf16", "ragged_dot_bf16")
+KINDS = ("dense", "grouped")  # of reports
+# A figure of bars shows all rows of a dense report, and the rows with one of these tags of a grouped one.
+GROUPED_FIGURES = ("contiguous", "masked", "ragged_k", "small_experts", "ragged_dot")
 
 
 def _points(report: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -61,20 +68,25 @@ def roofline(report: Mapping[str, Any]) -> plt.Figure:
         bound = np.minimum(flops_per_s, intensity * bytes_per_s) / 1e12
         axes.loglog(intensity, bound, color="black", linewidth=1, label="data sheet")
     axes.set(
-        xlabel="FLOP per byte (FP8 operands, bf16 result)",
+        xlabel="FLOP per byte (FP8 operands)",
         ylabel="TFLOPS",
-        title=f"Dense GEMM, {report['gpu']}",
+        title=f"{report['kind'].capitalize()} GEMM, {report['gpu']}",
     )
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize="small")
     return figure
 
 
-def bars(report: Mapping[str, Any]) -> plt.Figure:
-    """Speed of every peer over DeepGEMM, or over jnp.dot where DeepGEMM is absent, row by row."""
+def bars(report: Mapping[str, Any], tag: str | None = None) -> plt.Figure:
+    """Speed of every peer over DeepGEMM, or over bf16 where DeepGEMM is absent, of the rows with the tag."""
     names = [name for name in report["peers"] if len(_points(report, name)[0])]
-    baseline = _BASELINE if _BASELINE in names else "jnp_bf16"
-    rows = [row for row in report["rows"] if "kernel" in row["results"].get(baseline, {})]
+    baseline = next((name for name in (_BASELINE, *_FALLBACKS) if name in names), _BASELINE)
+    rows = [
+        row
+        for row in report["rows"]
+        if "kernel" in row["results"].get(baseline, {}) and (tag is None or tag in row["tags"])
+    ]
+    names = [name for name in names if any("kernel" in row["results"].get(name, {}) for row in rows)]
     figure, axes = plt.subplots(figsize=(max(8, 0.7 * len(rows)), 5), layout="constrained")
     width = 0.8 / max(len(names), 1)
     for position, name in enumerate(names):
@@ -95,16 +107,24 @@ def bars(report: Mapping[str, Any]) -> plt.Figure:
     axes.set_xticks(
         range(len(rows)), [row["workload"] for row in rows], rotation=60, ha="right", fontsize="small"
     )
-    axes.set(ylabel=f"speed over {report['peers'][baseline]['title']}" if rows else "", title=report["gpu"])
+    axes.set(
+        ylabel=f"speed over {report['peers'][baseline]['title']}" if rows else "",
+        title=f"{tag}, {report['gpu']}" if tag else report["gpu"],
+    )
     axes.legend(fontsize="small", ncols=4)
     return figure
 
 
 def render(report: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """Writes both figures as PNG; returns their paths."""
+    """Writes the figures as PNG; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, draw in (("roofline", roofline), ("bars", bars)):
+    paths, figures = [], {"roofline": roofline}
+    if report["kind"] == "dense":
+        figures["bars"] = bars
+    else:
+        tags = [tag for tag in GROUPED_FIGURES if any(tag in row["tags"] for row in report["rows"])]
+        figures |= {f"{tag}-bars": functools.partial(bars, tag=tag) for tag in tags}
+    for name, draw in figures.items():
         figure, path = draw(report), folder / f"{stem}-{name}.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -114,13 +134,14 @@ def render(report: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[p
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("reports", type=pathlib.Path, nargs="*", help="JSON files of bench_dense")
+    parser.add_argument("reports", type=pathlib.Path, nargs="*", help="JSON files of the two benchmarks")
     parser.add_argument(
         "--out", type=pathlib.Path, default=environment.RESULTS, help="folder for the figures"
     )
     arguments = parser.parse_args()
-    for path in arguments.reports or sorted(environment.RESULTS.glob("dense-*.json")):
-        for figure in render(environment.read(path, "dense"), arguments.out, path.stem):
+    found = [path for kind in KINDS for path in sorted(environment.RESULTS.glob(f"{kind}-*.json"))]
+    for path in arguments.reports or found:
+        for figure in render(environment.read(path, *KINDS), arguments.out, path.stem):
             print(figure)
     return 0
 

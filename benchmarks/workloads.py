@@ -87,6 +87,23 @@ class GroupedWorkload:
         return sum(self.group_sizes)
 
     @property
+    def lhs_shape(self) -> tuple[int, ...]:
+        return (self.groups, self.m, self.k) if self.kind == "masked" else (self.m, self.k)
+
+    @property
+    def rhs_shape(self) -> tuple[int, ...]:
+        return (self.n, self.k) if self.kind == "ragged_k" else (self.groups, self.n, self.k)
+
+    @property
+    def lhs_scale_shape(self) -> tuple[int, ...]:
+        return *self.lhs_shape[:-1], -(-self.k // SCALE_BLOCK)
+
+    @property
+    def rhs_scale_shape(self) -> tuple[int, ...]:
+        rows_per_scale = 1 if self.kind == "ragged_k" else SCALE_BLOCK
+        return *self.rhs_shape[:-2], -(-self.n // rows_per_scale), -(-self.k // SCALE_BLOCK)
+
+    @property
     def expected_group_size(self) -> int:
         return max(1, round(self.tokens / self.groups))
 
@@ -192,12 +209,14 @@ GROUPED_TAGS = {
     "ragged_k": "weight gradients",
     "small_experts": "many experts of sizes that are no multiple of 128",
     "ragged_dot": "a shape that jax.lax.ragged_dot is measured at",
+    "sustained": "also run back to back for seconds, where power limits",
     "quick": "the short list behind --quick",
 }
 _EXPERT_LAYERS = ((4096, 7168), (7168, 2048))  # N x K of DeepSeek-V3's experts: up and gate, down
 _MASKED = ((1, 1182), (2, 518), (4, 262), (32, 20), (32, 195), (8, 16))
 _FEW_TOKENS = 32
 _ROOM = 1.4  # for the tokens of a masked group, over the mean
+_GROUPED_SUSTAINED = {"ragged_m-4x8192-4096x7168", "ragged_k-4x8192-4096x7168"}
 _GROUPED_QUICK = {"ragged_m-4x8192-4096x7168", "masked-32x20-4096x7168", "ragged_k-4x8192-4096x7168"}
 
 
@@ -216,7 +235,8 @@ def _routed(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
 
 def _grouped(kind: str, m: int, n: int, k: int, group_sizes: tuple[int, ...], *tags: str) -> GroupedWorkload:
     plain = GroupedWorkload(kind, m, n, k, group_sizes, frozenset(tags))
-    extra = {"quick"} if plain.name in _GROUPED_QUICK else set()
+    extra = {tag for tag, names in (("quick", _GROUPED_QUICK), ("sustained", _GROUPED_SUSTAINED))
+             if plain.name in names}
     return dataclasses.replace(plain, tags=plain.tags | extra)
 
 
@@ -275,7 +295,7 @@ def select_grouped(*names: str) -> list[GroupedWorkload]:
     """
     known = {w.name for w in GROUPED_WORKLOADS} | GROUPED_TAGS.keys()
     if unknown := set(names) - known:
-        raise ValueError(f"select_grouped: expected names or tags among {sorted(known)}, got {sorted(unknown)}")
+        raise ValueError(f"select_grouped: expected names or tags of {sorted(known)}, got {sorted(unknown)}")
     return [w for w in GROUPED_WORKLOADS if w.name in names or w.tags & set(names)]
 
 

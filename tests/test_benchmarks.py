@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pathlib
 import sys
+import time
 
 import ml_dtypes
 import numpy as np
@@ -14,10 +15,28 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last, so that an installed jax_fp8gemm goes before the checkout's
 
-from benchmarks import bench_compile, bench_dense, environment, peers, plot, readme_table, timing, workloads  # noqa: E402
-from benchmarks.operands import dequantized_product, random_operands, relative_error  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_compile,
+    bench_dense,
+    bench_grouped,
+    compare,
+    environment,
+    peers,
+    plot,
+    readme_table,
+    timing,
+    workloads,
+)
+from benchmarks.operands import (  # noqa: E402
+    dequantized_product,
+    padded_rows,
+    random_grouped_operands,
+    random_operands,
+    relative_error,
+)
+from benchmarks.peers import jax_grouped, jax_peers  # noqa: E402
 from benchmarks.timing import Activity, Call, Samples  # noqa: E402
-from benchmarks.workloads import Workload  # noqa: E402
+from benchmarks.workloads import GroupedWorkload, Workload  # noqa: E402
 
 PEERS = {"fp8_gemm": 10.0, "deepgemm": 12.0, "jnp_bf16": 30.0}  # microseconds in the made-up report
 
@@ -25,7 +44,7 @@ PEERS = {"fp8_gemm": 10.0, "deepgemm": 12.0, "jnp_bf16": 30.0}  # microseconds i
 def _result(us: float, workload: Workload) -> dict:
     return {
         "error": 1.7e-3,
-        "kernel": bench_dense.rates(Samples((us, us + 1, us - 1), ("kernel",)), workload),
+        "kernel": compare.rates(Samples((us, us + 1, us - 1), ("kernel",)), workload),
     }
 
 
@@ -38,22 +57,14 @@ def report() -> dict:
         results = {peer: _result(us * 2**index, workload) for peer, us in PEERS.items()}
         if index == 1:
             results["deepgemm"] = {"unsupported": "no such kernel"}
-        rows.append(
-            {
-                "workload": name,
-                "m": workload.m,
-                "n": workload.n,
-                "k": workload.k,
-                "tags": sorted(workload.tags),
-                "flops": workload.flops,
-                "bytes": workload.bytes,
-                "results": results,
-                "speedup": {"kernel": bench_dense.speedups(results, "kernel")},
-            }
-        )
+        rows.append(compare.make_row(workload, results, bench_dense.DENSE.baselines))
+    return _report("dense", rows, bench_dense.DENSE.baselines, PEERS)
+
+
+def _report(kind: str, rows: list[dict], baselines: tuple[str, ...], names) -> dict:
     return {
         "schema": environment.SCHEMA,
-        "kind": "dense",
+        "kind": kind,
         "complete": True,
         "date": "2026-11-21T07:00:00+00:00",
         "gpu": "NVIDIA H200",
@@ -61,11 +72,11 @@ def report() -> dict:
         "versions": {"jax": "0.11.2", "torch": "2.11.0"},
         "commit": "c0ffee",
         "repeats": 20,
-        "program_calls": 20,
+        "baselines": [*baselines],
         "absent": {"cutlass_block": "nvcc is not installed"},
-        "peers": {name: {"title": name.title(), "note": "", "uses_scales": True} for name in PEERS},
+        "peers": {name: {"title": name.title(), "note": "", "uses_scales": True} for name in names},
         "rows": rows,
-        "geometric_means": bench_dense.geometric_means(rows),
+        "geometric_means": compare.geometric_means(rows, baselines),
     }
 
 
@@ -189,7 +200,7 @@ def test_wall_time_divides_by_the_runs(monkeypatch):
 
 def test_rates_are_per_gemm():
     workload = Workload(100, 100, 1280)
-    rates = bench_dense.rates(Samples((40.0,)), workload, calls=4)
+    rates = compare.rates(Samples((40.0,)), workload, calls=4)
     assert rates["median_us"] == 10.0
     assert rates["tflops"] == round(workload.flops / 10e-6 / 1e12, 1)
     assert rates["gb_per_s"] == round(workload.bytes / 10e-6 / 1e9, 1)
@@ -210,7 +221,7 @@ class _Peer(peers.Peer):
     def __init__(self, factor: float = 1.0, absent: str = ""):
         self._factor, self._absent = factor, absent
 
-    def prepare(self, workloads, calls=(1,)):
+    def prepare(self, workloads, programs=False):
         if self._absent:
             raise peers.Absent(self._absent)
 
@@ -220,24 +231,24 @@ class _Peer(peers.Peer):
         rows = np.arange(operands.workload.m)
         return Call(lambda: self._factor * dequantized_product(operands, rows), lambda _: None)
 
-    def to_host(self, result, rows):
+    def to_host(self, workload, result, rows):
         return result[rows]
 
 
 def test_every_peer_gets_its_error_or_its_refusal():
     both = {"right": _Peer(), "wrong": _Peer(1.5)}
-    calls, results = bench_dense.bind_all(both, random_operands(Workload(16, 128, 128)))
+    calls, results = compare.bind_all(both, random_operands(Workload(16, 128, 128)))
     assert set(calls) == {"right", "wrong"}
     assert results["right"]["error"] == 0.0
     assert results["wrong"]["error"] == pytest.approx(0.5)
-    calls, results = bench_dense.bind_all(both, random_operands(Workload(17, 128, 128)))
+    calls, results = compare.bind_all(both, random_operands(Workload(17, 128, 128)))
     assert calls == {}
     assert results["right"] == {"unsupported": "too many tokens"}
 
 
 def test_a_peer_that_cannot_be_built_is_absent_with_its_reason():
     both = {"fine": _Peer(), "broken": _Peer(absent="nvcc says no")}
-    assert bench_dense.prepare(both, [Workload(1, 128, 128)], (1,)) == {"broken": "nvcc says no"}
+    assert compare.prepare(both, [Workload(1, 128, 128)], False) == {"broken": "nvcc says no"}
 
 
 def test_absent_peers_are_reported(monkeypatch):
@@ -276,7 +287,7 @@ def test_the_head_of_a_report_says_where_it_is_from():
 
 
 def test_the_printed_table_names_absent_and_unsupported_peers(report, capsys):
-    bench_dense.print_table(report)
+    compare.print_table(report)
     printed = capsys.readouterr().out
     assert "absent: cutlass_block: nvcc is not installed" in printed
     assert "unsupported: 4096x4096x7168 deepgemm: no such kernel" in printed
@@ -367,3 +378,92 @@ def test_compile_cases_report_a_failing_process(tmp_path, monkeypatch):
 def test_workloads_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         workloads.WORKLOADS[0].m = 1
+
+
+GROUPED = [
+    GroupedWorkload("ragged_m", 60, 130, 256, (20, 0, 7, 33)),
+    GroupedWorkload("masked", 40, 130, 256, (20, 0, 7, 33)),
+    GroupedWorkload("ragged_k", 30, 130, 512, (130, 0, 7, 33)),
+]
+
+
+def test_the_grouped_list_has_the_problems_that_the_goals_are_stated_for():
+    by_tag = {tag: workloads.select_grouped(tag) for tag in workloads.GROUPED_TAGS}
+    assert {tag: len(found) for tag, found in by_tag.items()} == {
+        "contiguous": 4, "masked": 12, "masked_few": 4, "ragged_k": 4, "small_experts": 8, "ragged_dot": 5,
+        "sustained": 2, "quick": 3,
+    }
+    assert len({w.name for w in workloads.GROUPED_WORKLOADS}) == len(workloads.GROUPED_WORKLOADS)
+    assert {(w.groups, w.n, w.k) for w in by_tag["small_experts"]} == {
+        (groups, n, k) for groups in (128, 64) for n in (4096, 3072) for k in (7168, 2048)
+    }
+    routed = by_tag["small_experts"][0]
+    assert routed.tokens == 8192 * 8
+    assert 350 < min(routed.group_sizes) < max(routed.group_sizes) < 700
+    for workload in by_tag["masked"]:
+        assert max(workload.group_sizes) <= workload.m
+        assert workload.m % 64 == 0
+    assert workloads.select_grouped("masked-8x16-7168x2048")[0].groups == 8
+    with pytest.raises(ValueError, match=r"select_grouped: expected names or tags of .* got \['huge'\]"):
+        workloads.select_grouped("huge", "masked")
+
+
+def test_grouped_flops_and_bytes_are_those_of_the_tokens():
+    ragged_m, masked, ragged_k = GROUPED
+    assert ragged_m.flops == masked.flops == 2 * 60 * 130 * 256
+    # three experts of 130x256 with 2x2 scales, 60 tokens of 256 with 2 scales and 130 bf16 results
+    assert ragged_m.bytes == masked.bytes == 3 * (130 * 256 + 4 * 4) + 60 * (256 + 4 * 2 + 2 * 130)
+    assert ragged_k.flops == 2 * 170 * 30 * 130
+    assert ragged_k.bytes == 170 * (30 + 130) + 4 * 4 * (30 + 130) + 4 * 4 * 30 * 130
+    assert masked.valid_rows.tolist() == [*range(20), *range(80, 87), *range(120, 153)]
+    assert ragged_k.expected_group_size == 42
+
+
+def test_rows_that_are_padded_to_whole_blocks():
+    rows, groups = padded_rows((3, 0, 5, 4), alignment=4)
+    assert rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14, 15]
+    assert groups.tolist() == [0, 0, 0, -1, 2, 2, 2, 2, 2, -1, -1, -1, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("peer", ["GroupedFp8Gemm", "RaggedDot"])
+@pytest.mark.parametrize("workload", GROUPED, ids=lambda w: w.kind)
+def test_grouped_peers_compute_the_product(monkeypatch, device, peer, workload):
+    monkeypatch.setattr(jax_peers, "_gpu", lambda: device)
+    peers_found = {"peer": getattr(jax_grouped, peer)()}
+    operands = random_grouped_operands(workload)
+    assert compare.prepare(peers_found, [workload], False) == {}
+    calls, results = compare.bind_all(peers_found, operands)
+    assert set(calls) == {"peer"}
+    assert 0 < results["peer"]["error"] < 2.0**-7  # of operands or results in bf16
+    rows = peers_found["peer"].to_host(workload, calls["peer"].run(), operands.checked_rows)
+    assert operands.error(rows * 1.02) > 0.015
+    assert operands.error(np.roll(rows, 1, axis=0)) > 0.5
+
+
+def test_programs_run_a_workload_several_times(monkeypatch, device):
+    monkeypatch.setattr(jax_peers, "_gpu", lambda: device)
+    monkeypatch.setattr(workloads, "PROGRAM_CALLS", 3)
+    peer, workload = jax_grouped.GroupedFp8Gemm(), GROUPED[0]
+    results = peer.bind_program(random_grouped_operands(workload)).run()
+    assert len(results) == workload.program_calls == 3
+
+
+def test_figures_of_a_grouped_report(tmp_path):
+    rows = []
+    for workload in workloads.select_grouped("contiguous", "ragged_k"):
+        found = {name: _result(us, workload) for name, us in (("fp8_gemm", 10.0), ("deepgemm", 12.0))}
+        rows.append(compare.make_row(workload, found, bench_grouped.BASELINES))
+    report = _report("grouped", rows, bench_grouped.BASELINES, ("fp8_gemm", "deepgemm"))
+    assert report["geometric_means"]["ragged_k"] == {"deepgemm": {"mean": 1.2, "min": 1.2, "rows": 4}}
+    assert rows[0]["group_sizes"] == [8192] * 4
+    names = [path.name for path in plot.render(report, tmp_path, "grouped")]
+    assert names == [f"grouped-{name}.png" for name in (
+        "roofline", "contiguous-bars", "ragged_k-bars", "ragged_dot-bars")]
+
+
+def test_slow_calls_are_found():
+    waits = {"slow": compare.SLOW_US * 1.5e-6, "quick": 0.0}
+    calls = {name: Call(lambda t=t: time.sleep(t), lambda _: None) for name, t in waits.items()}
+    assert compare.slow_calls(calls) == {"slow"}
+    assert compare.program_runs(calls["quick"]) == 10
+    assert 1 <= compare.program_runs(calls["slow"]) < 3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from benchmarks.peers.base import Absent, Peer, Unsupported
 
-__all__ = ["PEERS", "Absent", "Peer", "Unsupported", "load"]
+__all__ = ["GROUPED_PEERS", "PEERS", "Absent", "Peer", "Unsupported", "load"]
 
 # Name in the JSON files -> module, class. In the order of the tables.
 PEERS = {
@@ -21,18 +21,29 @@ PEERS = {
 }
 
 
-def load(names: Iterable[str] = tuple(PEERS)) -> tuple[dict[str, Peer], dict[str, str]]:
+GROUPED_PEERS = {
+    "fp8_gemm": ("jax_grouped", "GroupedFp8Gemm"),
+    "ragged_dot_bf16": ("jax_grouped", "RaggedDot"),
+    "tokamax_bf16": ("jax_grouped", "Tokamax"),
+    "deepgemm": ("deepgemm_grouped", "GroupedDeepGemm"),
+    "deepgemm_padding": ("deepgemm_grouped", "PaddingDeepGemm"),
+}
+
+
+def load(
+    names: Iterable[str] = tuple(PEERS), table: Mapping[str, tuple[str, str]] = PEERS
+) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that this machine has, by name, and why the others are absent, by name.
 
     Raises:
-      ValueError: a name that PEERS does not have.
+      ValueError: a name that `table` does not have.
     """
     present: dict[str, Peer] = {}
     absent: dict[str, str] = {}
     for name in names:
-        if name not in PEERS:
-            raise ValueError(f"peers: expected names among {list(PEERS)}, got {name!r}")
-        module, cls = PEERS[name]
+        if name not in table:
+            raise ValueError(f"peers: expected names among {list(table)}, got {name!r}")
+        module, cls = table[name]
         try:
             present[name] = getattr(importlib.import_module(f"benchmarks.peers.{module}"), cls)()
         except (Absent, ImportError) as error:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.operands import Operands
+from benchmarks.operands import GroupedOperands, Operands
 from benchmarks.timing import Call
-from benchmarks.workloads import Workload
+from benchmarks.workloads import GroupedWorkload, Workload
 
 
 class Absent(Exception):
@@ -22,9 +22,9 @@ class Unsupported(Exception):
 
 
 class Peer(abc.ABC):
-    """An implementation of out[M, N] = lhs[M, K] @ rhs[N, K].T with a bf16 result.
+    """An implementation of the dense GEMM of a `Workload`, or of the grouped ones of a `GroupedWorkload`.
 
-    A new peer is a subclass in a module of its own and a line in PEERS. Its constructor raises Absent.
+    A new peer is a subclass and a line in PEERS or GROUPED_PEERS. Its constructor raises Absent.
 
     Attributes:
       title: its name in tables.
@@ -36,29 +36,34 @@ class Peer(abc.ABC):
     note: str
     uses_scales: bool = True
 
-    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:  # noqa: B027
+    def prepare(  # noqa: B027
+        self, workloads: Sequence[Workload | GroupedWorkload], programs: bool = False
+    ) -> None:
         """Compiles what the workloads need, in parallel, so that `bind` is quick.
 
         Args:
           workloads: what will be bound.
-          calls: GEMMs in a program: 1 for `bind`, others for `bind_program`.
+          programs: whether `bind_program` will be called too.
 
         Raises:
           Absent: it turns out that the peer cannot be built here.
         """
 
     @abc.abstractmethod
-    def bind(self, operands: Operands) -> Call:
+    def bind(self, operands: Operands | GroupedOperands) -> Call:
         """Puts the operands on the device in the peer's own layout; the call then runs nothing but the GEMM.
 
         Raises:
           Unsupported: this workload is beyond the peer.
         """
 
-    def bind_program(self, operands: Operands, calls: int) -> Call | None:
-        """`calls` GEMMs on copies of the operands in one jitted program; None for peers outside JAX."""
+    def bind_program(self, operands: Operands | GroupedOperands) -> Call | None:
+        """The workload's `program_calls` GEMMs in one jitted program, each on a copy of the operands.
+
+        None for peers outside JAX.
+        """
         return None
 
     @abc.abstractmethod
-    def to_host(self, result: Any, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a call's result as f32 [len(rows), N]."""
+    def to_host(self, workload: Workload | GroupedWorkload, result: Any, rows: np.ndarray) -> np.ndarray:
+        """Some rows of a call's result, its leading axes flattened, as f32 [len(rows), N]."""

@@ -138,7 +138,7 @@ class CutlassBlock(TorchPeer):
         _cutlass_source()
         cuda_home()
 
-    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
+    def prepare(self, workloads: Sequence[Workload], programs: bool = False) -> None:
         with concurrent.futures.ThreadPoolExecutor(len(VARIANTS)) as pool:
             list(pool.map(_load, VARIANTS))
 

@@ -1,32 +1,38 @@
 """DeepGEMM (https://github.com/deepseek-ai/DeepGEMM), where its package and nvcc are installed.
 
-python -m benchmarks.peers.deepgemm 64 2112 7168      # compiles one shape's kernel into DeepGEMM's cache
+python -m benchmarks.peers.deepgemm 64x2112x7168      # compiles one shape's kernel into DeepGEMM's cache
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.operands import SCALE_BLOCK, Operands
 from benchmarks.peers.base import Absent, Unsupported
 from benchmarks.peers.toolkit import cuda_home
 from benchmarks.peers.torch_peer import TorchPeer, on_device, torch, wait
 from benchmarks.timing import Call
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, parse
 
 _CACHE = "DG_JIT_CACHE_DIR"
 _CACHE_DIR = pathlib.Path(os.environ.setdefault(_CACHE, str(pathlib.Path.home() / ".deep_gemm")))
 
 
-def _import():
+def import_deep_gemm():
+    """The module.
+
+    Raises:
+      Absent: it, or nvcc, is not installed.
+    """
     os.environ["CUDA_HOME"] = str(cuda_home())
     try:
         import deep_gemm
@@ -48,7 +54,7 @@ def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scal
       Absent: DeepGEMM or nvcc is not installed.
       Unsupported: DeepGEMM refuses the shape.
     """
-    deep_gemm = _import()
+    deep_gemm = import_deep_gemm()
     out = torch.empty((lhs.shape[0], rhs.shape[0]), dtype=torch.bfloat16, device="cuda")
 
     def run() -> torch.Tensor:
@@ -63,7 +69,8 @@ def bind(lhs: torch.Tensor, lhs_scale: torch.Tensor, rhs: torch.Tensor, rhs_scal
     return Call(run, wait)
 
 
-def _compile_one(m: int, n: int, k: int) -> None:
+def _compile_one(workload: Workload) -> None:
+    m, n, k = workload.m, workload.n, workload.k
     k_blocks, n_blocks = -(-k // SCALE_BLOCK), -(-n // SCALE_BLOCK)
     fp8 = lambda rows: torch.zeros((rows, k), dtype=torch.float8_e4m3fn, device="cuda")
     bind(
@@ -74,10 +81,10 @@ def _compile_one(m: int, n: int, k: int) -> None:
     )
 
 
-def _compile_in_process(workload: Workload) -> None:
+def _compile_in_process(module: str, name: str) -> None:
     """Fills a cache of its own, then adds it to the common one: DeepGEMM's processes can race for one."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", __name__, str(workload.m), str(workload.n), str(workload.k)]
+        command = [sys.executable, "-m", module, name]
         with contextlib.suppress(subprocess.TimeoutExpired):  # `bind` will say what is wrong, if anything
             subprocess.run(
                 command, env={**os.environ, _CACHE: cache}, capture_output=True, timeout=180, check=False
@@ -85,15 +92,19 @@ def _compile_in_process(workload: Workload) -> None:
         shutil.copytree(cache, _CACHE_DIR, dirs_exist_ok=True)
 
 
-def prepare(workloads: Sequence[Workload]) -> None:
+def prepare(names: Iterable[str], module: str = __name__) -> None:
     """Compiles the kernels of the workloads in parallel processes: one by one they take 3 to 4 s each.
+
+    Args:
+      names: of the workloads.
+      module: what compiles one of them, as a command.
 
     Raises:
       Absent: DeepGEMM or nvcc is not installed.
     """
-    _import()
+    import_deep_gemm()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_compile_in_process, workloads))
+        list(pool.map(functools.partial(_compile_in_process, module), names))
 
 
 class DeepGemm(TorchPeer):
@@ -102,14 +113,14 @@ class DeepGemm(TorchPeer):
 
     def __init__(self):
         super().__init__()
-        _import()
+        import_deep_gemm()
 
-    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
-        prepare(workloads)
+    def prepare(self, workloads: Sequence[Workload], programs: bool = False) -> None:
+        prepare(workload.name for workload in workloads)
 
     def bind(self, operands: Operands) -> Call:
         return bind(*map(on_device, (operands.lhs, operands.lhs_scale, operands.rhs, operands.rhs_scale)))
 
 
 if __name__ == "__main__":
-    _compile_one(*map(int, sys.argv[1:]))
+    _compile_one(parse(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class JaxPeer(Peer):
         self._compiled: dict[tuple[Workload, int], jax.stages.Compiled] = {}
 
     @abc.abstractmethod
-    def gemm(self, *arrays: jax.Array) -> jax.Array:
+    def gemm(self, workload: Workload, *arrays: jax.Array) -> jax.Array:
         """The GEMM, to be traced."""
 
     @abc.abstractmethod
@@ -47,6 +48,10 @@ class JaxPeer(Peer):
     def arguments(self, workload: Workload) -> tuple[tuple[jax.ShapeDtypeStruct, Format | None], ...]:
         """Shape, dtype and layout of the arguments of `gemm`."""
 
+    def _rows_fastest(self, rank: int = 2) -> Format:
+        *leading, rows, columns = range(rank)
+        return Format(Layout(major_to_minor=(*leading, columns, rows)), self._sharding())
+
     def _sharding(self) -> jax.sharding.Sharding:
         return jax.sharding.SingleDeviceSharding(self._device)
 
@@ -55,21 +60,23 @@ class JaxPeer(Peer):
         if key not in self._compiled:
             structs, formats = zip(*self.arguments(workload), strict=True)
             formats = tuple(f or self._sharding() for f in formats)
-            program = lambda sets: [self.gemm(*arrays) for arrays in sets]
+            program = lambda sets: [self.gemm(workload, *arrays) for arrays in sets]
             jitted = jax.jit(program, in_shardings=((formats,) * calls,))
             self._compiled[key] = jitted.lower((structs,) * calls).compile()
         return self._compiled[key]
 
-    def prepare(self, workloads: Sequence[Workload], calls: Sequence[int] = (1,)) -> None:
-        jobs = [(workload, number) for number in calls for workload in workloads]
+    def prepare(self, workloads: Sequence[Workload], programs: bool = False) -> None:
+        jobs = [(workload, 1) for workload in workloads]
+        if programs:
+            jobs += [(workload, workload.program_calls) for workload in workloads]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: self._compile(*job), jobs))
 
     def bind(self, operands: Operands) -> Call:
         return self._call(operands, 1)
 
-    def bind_program(self, operands: Operands, calls: int) -> Call:
-        return self._call(operands, calls)
+    def bind_program(self, operands: Operands) -> Call:
+        return self._call(operands, operands.workload.program_calls)
 
     def _call(self, operands: Operands, calls: int) -> Call:
         compiled = self._compile(operands.workload, calls)
@@ -79,10 +86,11 @@ class JaxPeer(Peer):
         sets = jax.block_until_ready(sets)
         return Call(run=lambda: compiled(sets), wait=jax.block_until_ready)
 
-    def to_host(self, result: Any, rows: np.ndarray) -> np.ndarray:
-        return np.asarray(result[0][rows].astype(jnp.float32))
+    def to_host(self, workload: Workload, result: Any, rows: np.ndarray) -> np.ndarray:
+        (out,) = result
+        return np.asarray(out.reshape(-1, out.shape[-1])[rows].astype(jnp.float32))
 
-    def _put(self, host: np.ndarray, layout: Format | None = None) -> jax.Array:
+    def _put(self, host: np.ndarray | jax.Array, layout: Format | None = None) -> jax.Array:
         return jax.device_put(host, layout or self._device)
 
     def _row_major(self, *structs: jax.ShapeDtypeStruct) -> tuple[tuple[jax.ShapeDtypeStruct, None], ...]:
@@ -101,15 +109,12 @@ class Fp8Gemm(JaxPeer):
     title = "jax_fp8gemm"
     note = "fp8_gemm under jax.jit; 1x128 lhs scales stored with M fastest, 128x128 rhs scales"
 
-    def gemm(self, lhs, lhs_scale, rhs, rhs_scale):
+    def gemm(self, workload, lhs, lhs_scale, rhs, rhs_scale):
         return fp8_gemm(
             ScaledArray(lhs, lhs_scale, (1, SCALE_BLOCK)),
             ScaledArray(rhs, rhs_scale, (SCALE_BLOCK, SCALE_BLOCK)),
             out_dtype=jnp.bfloat16,
         )
-
-    def _m_fastest(self) -> Format:
-        return Format(Layout(major_to_minor=(1, 0)), self._sharding())
 
     def arguments(self, workload):
         m, n, k = workload.m, workload.n, workload.k
@@ -117,7 +122,7 @@ class Fp8Gemm(JaxPeer):
         struct = jax.ShapeDtypeStruct
         return (
             (struct((m, k), jnp.float8_e4m3fn), None),
-            (struct((m, k_blocks), jnp.float32), self._m_fastest()),
+            (struct((m, k_blocks), jnp.float32), self._rows_fastest()),
             (struct((n, k), jnp.float8_e4m3fn), None),
             (struct((n_blocks, k_blocks), jnp.float32), None),
         )
@@ -125,7 +130,7 @@ class Fp8Gemm(JaxPeer):
     def arrays(self, operands):
         return (
             self._put(_fp8(operands.lhs)),
-            self._put(operands.lhs_scale, self._m_fastest()),
+            self._put(operands.lhs_scale, self._rows_fastest()),
             self._put(_fp8(operands.rhs)),
             self._put(operands.rhs_scale),
         )
@@ -135,7 +140,7 @@ class JnpBf16(JaxPeer):
     title = "jnp.dot bf16"
     note = "jnp.dot(lhs, rhs.T) on the dequantised operands in bf16, XLA's choice of kernel"
 
-    def gemm(self, lhs, rhs):
+    def gemm(self, workload, lhs, rhs):
         return jnp.dot(lhs, rhs.T)
 
     def arguments(self, workload):
@@ -145,19 +150,18 @@ class JnpBf16(JaxPeer):
         )
 
     def arrays(self, operands):
-        n = operands.workload.n
-        rhs_scale = np.repeat(operands.rhs_scale, SCALE_BLOCK, axis=0)[:n]
         return (
-            _dequantize(self._put(_fp8(operands.lhs)), self._put(operands.lhs_scale)),
-            _dequantize(self._put(_fp8(operands.rhs)), self._put(rhs_scale)),
+            dequantize(self._put(_fp8(operands.lhs)), self._put(operands.lhs_scale), 1),
+            dequantize(self._put(_fp8(operands.rhs)), self._put(operands.rhs_scale), SCALE_BLOCK),
         )
 
 
-@jax.jit
-def _dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """bf16 [rows, K] of FP8 values [rows, K] and f32 scales [rows, ceil(K/128)]."""
-    per_value = jnp.repeat(scale, SCALE_BLOCK, axis=1)[:, : values.shape[1]]
-    return (values.astype(jnp.float32) * per_value).astype(jnp.bfloat16)
+@functools.partial(jax.jit, static_argnums=2)
+def dequantize(values: jax.Array, scale: jax.Array, rows_per_scale: int) -> jax.Array:
+    """bf16 [*, R, K] of FP8 values [*, R, K] and f32 scales [*, ceil(R/rows_per_scale), ceil(K/128)]."""
+    *_, rows, k = values.shape
+    scale = jnp.repeat(jnp.repeat(scale, rows_per_scale, -2)[..., :rows, :], SCALE_BLOCK, -1)[..., :k]
+    return (values.astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
 
 class XlaFp8(JaxPeer):
@@ -165,7 +169,7 @@ class XlaFp8(JaxPeer):
     note = "lax.dot_general on e4m3 with bf16 out, no scales; the kernels' names say what XLA chose"
     uses_scales = False
 
-    def gemm(self, lhs, rhs):
+    def gemm(self, workload, lhs, rhs):
         return jax.lax.dot_general(lhs, rhs, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
 
     def arguments(self, workload):

@@ -33,5 +33,6 @@ class TorchPeer(Peer):
         if torch.cuda.get_device_capability() != (9, 0):
             raise Absent(f"it needs a Hopper GPU, this is a {torch.cuda.get_device_name()}")
 
-    def to_host(self, result: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-        return result[torch.from_numpy(rows).cuda()].float().cpu().numpy()
+    def to_host(self, workload: Any, result: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(rows).to(result.device)
+        return result.flatten(end_dim=-2)[rows].float().cpu().numpy()
