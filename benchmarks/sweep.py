@@ -4,6 +4,7 @@
     python -m benchmarks.sweep 64x2112x7168 --configs '[{"block_m": 64, "block_n": 32, "num_stages": 8}]'
     python -m benchmarks.sweep --tags batch prefill --top 24
     python -m benchmarks.sweep 7x129280x1536 --check
+    python -m benchmarks.sweep --grouped masked masked-8x16-7168x2048 --top 24
 
 It needs PyTorch, NVRTC and the GPU, but neither JAX's GPU support nor the compiled module: `raw_launch`
 launches the kernels. Every configuration's output must be within the error bound, and equal to the first
@@ -24,21 +25,23 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.buffers import BOUNDS, Buffers
-from benchmarks.peers import Absent, Unsupported, deepgemm
+from benchmarks.peers import Absent, Unsupported, deepgemm, deepgemm_grouped
 from benchmarks.raw_launch import BoundKernel
 from benchmarks.timing import Call, KernelTimer
+from benchmarks.workloads import GroupedWorkload, Workload
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import choose, ranked
 from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, find_device
 from jax_fp8gemm.jit.plan import plan_gemm
-from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.problem import MASKED, RAGGED_K, GemmProblem
 from jax_fp8gemm.jit.toolchain import CompileError
 from jax_fp8gemm.jit.warmup import compile_all
 
 _HANG_SECONDS = 20  # a kernel that takes longer waits for a barrier that never comes
 _YARDSTICK = "DeepGEMM"
+_OPTIONS = ("out_dtype", "rhs_scale_rows", "accumulate", "batch")  # arguments that are fields of GemmProblem
 
 
 @dataclasses.dataclass
@@ -102,7 +105,7 @@ def check(
     bound = BOUNDS[buffers.problem.out_dtype]
     if candidate.worst_tile > bound:
         candidate.failure = f"error {candidate.worst_tile:.2e} of a tile, above {bound:.2e}"
-    if expected is not None and not torch.equal(buffers.out, expected):
+    if expected is not None and not torch.equal(_bits(buffers.out), _bits(expected)):
         split = candidate.config.split_k > 1
         candidate.bits = "differ (split-K)" if split else "DIFFER"
         if not split:
@@ -112,21 +115,49 @@ def check(
     return buffers.out.clone()
 
 
-def yardstick(buffers: Buffers) -> Call | None:
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """For comparison: rows that are left alone hold NaN, which equals nothing."""
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+def yardstick(buffers: Buffers, workload: Workload | GroupedWorkload) -> Call | None:
     """DeepGEMM on the same buffers; None, with the reason printed, where it cannot run."""
-    problem = buffers.problem
-    plain = dataclasses.replace(GemmProblem(problem.m, problem.n, problem.k), out_dtype=problem.out_dtype)
     try:
-        if plain != problem or problem.out_dtype != "bf16":
-            raise Unsupported("only one e4m3 GEMM to bf16 with 128x128 weight scales is compared")
+        if buffers.problem != problem_of(workload):
+            raise Unsupported("only what the list of workloads has is compared: no batch, its dtypes")
+        if buffers.problem.is_grouped:
+            return deepgemm_grouped.bind(workload, _grouped_arrays(buffers))
         return deepgemm.bind(buffers.lhs[0], buffers.lhs_scale[0].T, buffers.rhs[0], buffers.rhs_scale[0])
     except (Absent, Unsupported) as error:
         print(f"  {_YARDSTICK}: {error}")
         return None
 
 
+def _grouped_arrays(buffers: Buffers) -> deepgemm_grouped.Arrays:
+    """As `benchmarks.operands.GroupedOperands` has them."""
+    rhs_scale = buffers.rhs_scale.mT if buffers.problem.rhs_scale_rows == 1 else buffers.rhs_scale
+    arrays = (buffers.lhs, buffers.lhs_scale.mT, buffers.rhs, rhs_scale, buffers.group_sizes)
+    lhs, lhs_scale, rhs, rhs_scale, group_sizes = (x[0] for x in arrays)
+    return lhs.view(torch.uint8), lhs_scale, rhs.view(torch.uint8), rhs_scale, group_sizes
+
+
+def problem_of(workload: Workload | GroupedWorkload, **options: Any) -> GemmProblem:
+    """The problem that a call for the workload makes; `options` replace its fields."""
+    if isinstance(workload, GroupedWorkload):
+        options = {"kind": workload.kind, "groups": workload.groups} | options
+        if workload.kind == RAGGED_K:
+            options = {"out_dtype": "f32", "rhs_scale_rows": 1} | options
+        if workload.kind == MASKED:
+            options = {"expected_m": workload.expected_group_size} | options
+    return GemmProblem(workload.m, workload.n, workload.k, **options)
+
+
 def time_all(
-    candidates: list[Candidate], buffers: Buffers, timer: KernelTimer, repeats: int
+    candidates: list[Candidate],
+    buffers: Buffers,
+    workload: Workload | GroupedWorkload,
+    timer: KernelTimer,
+    repeats: int,
 ) -> dict[str, Any]:
     """Times the candidates that passed, interleaved with DeepGEMM; the samples by candidate key."""
     stream = torch.cuda.current_stream().cuda_stream
@@ -135,17 +166,22 @@ def time_all(
         return Call(run=lambda: kernel(stream), wait=lambda _: None)
 
     calls = {c.key: call(c.kernel) for c in candidates if c.failure is None}
-    if peer := yardstick(buffers):
+    if peer := yardstick(buffers, workload):
         calls[_YARDSTICK] = peer
     return timer(calls, repeats=repeats)
 
 
 def sweep(
-    problem: GemmProblem, candidates: list[Candidate], device: Device, timer: KernelTimer | None, repeats: int
+    problem: GemmProblem,
+    workload: Workload | GroupedWorkload,
+    candidates: list[Candidate],
+    device: Device,
+    timer: KernelTimer | None,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Checks and, with a timer, times a problem's candidates; returns the rows, the fastest first."""
     print(describe(problem), flush=True)
-    buffers, first = Buffers.random(problem), None
+    buffers, first = Buffers.random(problem, getattr(workload, "group_sizes", ())), None
     for candidate in candidates:
         if candidate.failure is None:
             try:
@@ -156,7 +192,7 @@ def sweep(
                 torch.cuda.synchronize()  # raises if the context is broken: nothing can run then
                 continue
             first = out if first is None else first
-    samples = time_all(candidates, buffers, timer, repeats) if timer else {}
+    samples = time_all(candidates, buffers, workload, timer, repeats) if timer else {}
     rows = [
         {
             "config": dataclasses.asdict(c.config),
@@ -176,7 +212,9 @@ def sweep(
     return sorted(rows, key=lambda row: row.get("median_us", float("inf")))
 
 
-def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) -> None:
+def print_table(
+    problem: GemmProblem, flops: int, rows: list[dict[str, Any]], limit: int
+) -> None:
     """The fastest rows, DeepGEMM's among them, and every failure."""
     yard = next((row["median_us"] for row in rows if row["label"] == _YARDSTICK), None)
     print(f"\n{describe(problem)}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
@@ -189,7 +227,7 @@ def print_table(problem: GemmProblem, rows: list[dict[str, Any]], limit: int) ->
             ratio = f"{yard / row['median_us']:5.2f}x" if yard else "     -"
             error = f"{row['worst_tile']:.1e} {row['bits']}" if "config" in row else ""
             print(
-                f"  {row['median_us']:8.2f} {problem.flops / row['median_us'] / 1e6:7.0f} {ratio}  "
+                f"  {row['median_us']:8.2f} {flops / row['median_us'] / 1e6:7.0f} {ratio}  "
                 f"{row['label']}  {error}"
             )
 
@@ -213,12 +251,17 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tags", nargs="+", default=[], choices=workloads.TAGS, help="sweep these workloads too"
     )
+    parser.add_argument(
+        "--grouped", nargs="+", default=[], metavar="NAME", help="names or tags of grouped workloads"
+    )
     parser.add_argument("--top", type=int, default=32, help="configurations from the cost model (default 32)")
     parser.add_argument("--configs", help="JSON list of configurations, or a file of them, instead")
-    parser.add_argument("--out-dtype", choices=("bf16", "f32"), default="bf16")
-    parser.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), default=128)
-    parser.add_argument("--accumulate", action="store_true", help="add to the output (with --out-dtype f32)")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out-dtype", choices=("bf16", "f32"), help="default bf16; f32 for ragged_k")
+    parser.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), help="default 128; 1 for ragged_k")
+    parser.add_argument(
+        "--accumulate", action="store_const", const=True, help="add to the output (with --out-dtype f32)"
+    )
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--check", action="store_true", help="only check the results, don't time")
     parser.add_argument("--repeats", type=int, default=20, help="samples per configuration (default 20)")
     parser.add_argument("--limit", type=int, default=12, help="rows to print per problem (default 12)")
@@ -242,31 +285,29 @@ def _configs(problem: GemmProblem, device: Device, arguments: argparse.Namespace
 
 def main() -> int:
     arguments = _parse_arguments()
-    shapes = [*map(workloads.parse, arguments.shapes), *workloads.select(*arguments.tags)]
-    if not shapes:
-        raise SystemExit("sweep: expected shapes or --tags, got neither")
+    dense = [*map(workloads.parse, arguments.shapes), *workloads.select(*arguments.tags)]
+    grouped = workloads.select_grouped(*arguments.grouped)
+    if not dense and not grouped:
+        raise SystemExit("sweep: expected shapes, --tags or --grouped, got none")
     properties = torch.cuda.get_device_properties(0)
     device = find_device(properties.name, properties.multi_processor_count)
-    jobs = {}
-    for shape in shapes:
-        problem = GemmProblem(
-            shape.m,
-            shape.n,
-            shape.k,
-            batch=arguments.batch,
-            out_dtype=arguments.out_dtype,
-            rhs_scale_rows=arguments.rhs_scale_rows,
-            accumulate=arguments.accumulate,
-        )
-        jobs[problem] = [Candidate(config) for config in _configs(problem, device, arguments)]
+    options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
+    workload_of = {problem_of(workload, **options): workload for workload in (*dense, *grouped)}
+    jobs = {
+        problem: [Candidate(config) for config in _configs(problem, device, arguments)]
+        for problem in workload_of
+    }
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         if not arguments.check:
-            background.submit(deepgemm.prepare, shapes)
+            background.submit(deepgemm.prepare, [workload.name for workload in dense])
+            background.submit(
+                deepgemm.prepare, [workload.name for workload in grouped], deepgemm_grouped.__name__
+            )
         compile_candidates(jobs, arguments.threads)
     timer = None if arguments.check else KernelTimer()
     results, failed = {}, 0
     for problem, candidates in jobs.items():
-        rows = sweep(problem, candidates, device, timer, arguments.repeats)
+        rows = sweep(problem, workload_of[problem], candidates, device, timer, arguments.repeats)
         results[problem] = rows
         failed += sum(bool(row.get("failure")) for row in rows)
         if arguments.out:
@@ -277,7 +318,7 @@ def main() -> int:
         if arguments.winners:
             write_winners(arguments.winners, device, results)
     for problem, rows in results.items():
-        print_table(problem, rows, arguments.limit)
+        print_table(problem, problem.batch * workload_of[problem].flops, rows, arguments.limit)
     return 1 if failed else 0
 
 
