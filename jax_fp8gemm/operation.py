@@ -103,6 +103,13 @@ def suits_kernel(*operands) -> bool:
                    for x in operands)
 
 
+def bind_or_reference(primitive, reference, *operands, implementation, **params):
+    """The results of `primitive`, or of its reference where that is asked for or no kernel can be."""
+    if implementation == "reference" or (implementation is None and not suits_kernel(*operands)):
+        return reference(*operands, **params)
+    return primitive.bind(*operands, implementation=implementation, **params)
+
+
 def fold_into_batch(primitive, axis, operands, dims, params):
     """The batch rule of a primitive all of whose operands and results have a batch axis first.
 

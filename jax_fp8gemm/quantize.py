@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jax_fp8gemm import reference
+from jax_fp8gemm import reference, reference_moe
 from jax_fp8gemm.jit.problem import MASKED, RAGGED_M
-from jax_fp8gemm.operation import IMPLEMENTATIONS, match_varying, suits_kernel
-from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p
+from jax_fp8gemm.operation import IMPLEMENTATIONS, bind_or_reference, match_varying, suits_kernel
+from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p, quantize_transposed_p
 from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
 _INPUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
@@ -122,12 +122,60 @@ def quantize_swiglu(
         sizes = [group_sizes[None] if kind == RAGGED_M else group_sizes]
     with jax.named_scope("fp8_quantize_swiglu"):
         operands = match_varying(_with_one_batch_axis(x), *sizes)
-        if implementation == "reference" or (implementation is None and not suits_kernel(x, *sizes)):
-            values, scales = reference.quantize_swiglu(*operands, kind=kind, dtype=dtype)
-        else:
-            values, scales = quantize_swiglu_p.bind(*operands, kind=kind, dtype=dtype,
-                                                    implementation=implementation)
+        values, scales = bind_or_reference(quantize_swiglu_p, reference.quantize_swiglu, *operands, kind=kind,
+                                           dtype=dtype, implementation=implementation)
         return _with_leading_axes(x, values, scales, ROW_BLOCKS)
+
+
+def quantize_transposed(
+    x: Float[Array, "T N"],
+    group_sizes: Int32[Array, " G"],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Quantise along the tokens of each group: an operand of `fp8_gemm_ragged_k`, for weight gradients.
+
+    Tokens are sorted by group, as for `fp8_gemm_ragged_m`. In the result they are columns, and every group
+    begins at a multiple of 128: group g has the ceil(group_sizes[g] / 128) blocks of 128 columns after those
+    of group g - 1, and a block's scale is that of its tokens. All other columns are zeros, and blocks of them
+    have the smallest scale. K is `ragged_k_size(T, G)`, enough for any sizes: these stay on the device.
+
+    On Hopper this is one kernel, also under `vmap`.
+
+    Args:
+      x: [T, N] bfloat16, float16 or float32; an N that is a multiple of 8 is fastest.
+      group_sizes: [G] int32. A negative one counts as zero; tokens that do not exist are left out.
+      dtype: float8_e4m3fn or float8_e5m2.
+      implementation: as for `quantize`; "reference" takes `reference_moe.quantize_transposed`.
+
+    Returns:
+      A ScaledArray [N, K] of granularity (1, 128).
+
+    Raises:
+      ValueError: an argument that does not fit: its name, what was expected, what came.
+      NotImplementedError: the kernel that implementation="hopper" insists on does not exist.
+
+    Example:
+      >>> tokens = 2 ** jnp.arange(5, dtype=jnp.bfloat16)[:, None] * jnp.ones((5, 64), jnp.bfloat16)
+      >>> columns = dequantize(quantize_transposed(tokens, jnp.array([2, 3])))
+      >>> columns.shape, columns[0, :3], columns[0, 128:132]
+      ((64, 256), Array([1, 2, 0], dtype=bfloat16), Array([4, 8, 16, 0], dtype=bfloat16))
+    """
+    x, dtype = jnp.asarray(x), jnp.dtype(dtype)
+    _check("quantize_transposed", x, dtype, implementation)
+    if x.ndim != 2:
+        raise ValueError(
+            f"quantize_transposed: x: expected [T, N], got shape {x.shape}; use jax.vmap for more")
+    _check_is_int32("quantize_transposed: group_sizes", group_sizes)
+    if group_sizes.ndim != 1:
+        raise ValueError(
+            f"quantize_transposed: group_sizes: expected one axis, got shape {group_sizes.shape}")
+    with jax.named_scope("fp8_quantize_transposed"):
+        operands = match_varying(x[None], jnp.asarray(group_sizes)[None])
+        values, scales = bind_or_reference(quantize_transposed_p, reference_moe.quantize_transposed,
+                                           *operands, dtype=dtype, implementation=implementation)
+        return ScaledArray(values[0], scales[0], ROW_BLOCKS)
 
 
 def _check(function, x, dtype, implementation):
@@ -142,10 +190,14 @@ def _check(function, x, dtype, implementation):
             f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
 
 
-def _kind_of_groups(x, group_sizes):
+def _check_is_int32(name, group_sizes):
     if not is_array(group_sizes) or group_sizes.dtype != jnp.int32:
         came = group_sizes.dtype if is_array(group_sizes) else type(group_sizes).__name__
-        raise ValueError(f"quantize_swiglu: group_sizes: expected an int32 array, got {came}")
+        raise ValueError(f"{name}: expected an int32 array, got {came}")
+
+
+def _kind_of_groups(x, group_sizes):
+    _check_is_int32("quantize_swiglu: group_sizes", group_sizes)
     if x.ndim not in (2, 3):
         raise ValueError(f"quantize_swiglu: x: expected [M, 2F] or [G, M, 2F] with group_sizes, got shape "
                          f"{x.shape}; use jax.vmap for more")

@@ -10,38 +10,41 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm import reference
+from jax_fp8gemm import reference, reference_moe
 from jax_fp8gemm.jit.custom_call import DTYPES
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.problem import RAGGED_M
 from jax_fp8gemm.jit.quantize import QuantizeProblem, plan_quantize
+from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, plan_quantize_transposed
 from jax_fp8gemm.operation import Operation, fold_into_batch, register
-from jax_fp8gemm.scaling import ROW_BLOCKS, scale_shape
+from jax_fp8gemm.scaling import ROW_BLOCKS, ragged_k_size, scale_shape
 
-_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in {**DTYPES, "f16": jnp.float16}.items()}
+DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in {**DTYPES, "f16": jnp.float16}.items()}
 
 
-def _results(shape, granularity, dtype):
+def scaled_results(shape, granularity, dtype):
+    """Shapes and dtypes of a ScaledArray's values and scales."""
     return [(shape, dtype), (scale_shape(shape, granularity), jnp.dtype(jnp.float32))]
 
 
-def _call(problem, shape, granularity, dtype, *operands):
-    values, scales = (jax.ShapeDtypeStruct(*result) for result in _results(shape, granularity, dtype))
+def scaled_call(plan, shape, granularity, dtype, *operands):
+    """The kernel whose results are such values and scales."""
+    results = [jax.ShapeDtypeStruct(*result) for result in scaled_results(shape, granularity, dtype)]
     scales_layout = (0, 2, 1) if granularity == ROW_BLOCKS else (0, 1, 2)
-    return kernel_call(plan_quantize(problem), [values, scales], [None, scales_layout])(*operands)
+    return kernel_call(plan, results, [None, scales_layout])(*operands)
 
 
 # ---- fp8_quantize: x [B, R, C] -> values [B, R, C], scales [B, ceil(R/rows), ceil(C/128)]
 
 
 def _quantize_results(x, *, granularity, dtype):
-    return _results(x.shape, granularity, dtype)
+    return scaled_results(x.shape, granularity, dtype)
 
 
 def _quantize_hopper(x, *, granularity, dtype):
-    problem = QuantizeProblem(*x.shape, input_dtype=_DTYPE_NAMES[x.dtype], float8_dtype=_DTYPE_NAMES[dtype],
+    problem = QuantizeProblem(*x.shape, input_dtype=DTYPE_NAMES[x.dtype], float8_dtype=DTYPE_NAMES[dtype],
                               block_rows=granularity[0])
-    return _call(problem, x.shape, granularity, dtype, x)
+    return scaled_call(plan_quantize(problem), x.shape, granularity, dtype, x)
 
 
 def _quantize_batch(axis, operands, dims, **params):
@@ -61,15 +64,15 @@ def _swiglu_shape(x):
 
 
 def _swiglu_results(x, *group_sizes, kind, dtype):
-    return _results(_swiglu_shape(x), ROW_BLOCKS, dtype)
+    return scaled_results(_swiglu_shape(x), ROW_BLOCKS, dtype)
 
 
 def _swiglu_hopper(x, *group_sizes, kind, dtype):
     shape = _swiglu_shape(x)
     groups = group_sizes[0].shape[1] if kind == RAGGED_M else 1
-    problem = QuantizeProblem(*shape, input_dtype=_DTYPE_NAMES[x.dtype], float8_dtype=_DTYPE_NAMES[dtype],
+    problem = QuantizeProblem(*shape, input_dtype=DTYPE_NAMES[x.dtype], float8_dtype=DTYPE_NAMES[dtype],
                               swiglu=True, kind=kind, groups=groups)
-    return _call(problem, shape, ROW_BLOCKS, dtype, x, *group_sizes)
+    return scaled_call(plan_quantize(problem), shape, ROW_BLOCKS, dtype, x, *group_sizes)
 
 
 def _swiglu_batch(axis, operands, dims, **params):
@@ -78,3 +81,29 @@ def _swiglu_batch(axis, operands, dims, **params):
 
 quantize_swiglu_p = register(Operation("fp8_quantize_swiglu", _swiglu_results, _swiglu_batch,
                                        reference.quantize_swiglu, _swiglu_hopper))
+
+
+# ---- fp8_quantize_transposed: x [B, T, N], group_sizes [B, G] -> values [B, N, K], scales [B, N, K/128]
+
+
+def _transposed_shape(x, group_sizes):
+    return x.shape[0], x.shape[2], ragged_k_size(x.shape[1], group_sizes.shape[1])
+
+
+def _transposed_results(x, group_sizes, *, dtype):
+    return scaled_results(_transposed_shape(x, group_sizes), ROW_BLOCKS, dtype)
+
+
+def _transposed_hopper(x, group_sizes, *, dtype):
+    shape = _transposed_shape(x, group_sizes)
+    problem = TransposeProblem(*x.shape, groups=group_sizes.shape[1], input_dtype=DTYPE_NAMES[x.dtype],
+                               float8_dtype=DTYPE_NAMES[dtype])
+    return scaled_call(plan_quantize_transposed(problem), shape, ROW_BLOCKS, dtype, x, group_sizes)
+
+
+def _transposed_batch(axis, operands, dims, **params):
+    return fold_into_batch(quantize_transposed_p, axis, operands, dims, params)
+
+
+quantize_transposed_p = register(Operation("fp8_quantize_transposed", _transposed_results, _transposed_batch,
+                                           reference_moe.quantize_transposed, _transposed_hopper))

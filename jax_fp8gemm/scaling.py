@@ -125,6 +125,29 @@ def scale_shape(shape: tuple[int, ...], granularity: tuple[int, int]) -> tuple[i
     return *leading, ceil_div(rows, granularity[0]), ceil_div(columns, granularity[1])
 
 
+def ragged_k_size(num_tokens: int, num_groups: int) -> int:
+    """K of the operands of `fp8_gemm_ragged_k`: columns enough for any sizes of the groups.
+
+    Each group fills whole blocks of 128 columns. That is most where as many groups as there can be have one
+    token more than whole blocks: floor((T + 127 * min(G, T)) / 128) blocks.
+
+    Args:
+      num_tokens: T, of all groups together.
+      num_groups: G.
+
+    Returns:
+      A multiple of 128; 0 without tokens or groups.
+
+    Example:
+      >>> ragged_k_size(300, 2), ragged_k_size(128, 1), ragged_k_size(2, 256)
+      (512, 128, 256)
+    """
+    if num_groups == 0:
+        return 0
+    in_part = (SCALE_BLOCK - 1) * min(num_tokens, num_groups)  # of a block, at most
+    return (num_tokens + in_part) // SCALE_BLOCK * SCALE_BLOCK
+
+
 def register_flax_serialization() -> None:
     """Teach `flax.serialization` (msgpack state dicts) about ScaledArray; call it once.
 

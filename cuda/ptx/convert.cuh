@@ -24,6 +24,13 @@ __device__ __forceinline__ u16 pack_e5m2(float low, float high) {
   return packed;
 }
 
+// Two bf16 numbers, `low` in the low half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 // 1 / x, off by at most one unit in the last place.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

@@ -22,8 +22,30 @@ __device__ __forceinline__ u32 cluster_cta_rank() {
   return rank;
 }
 
-// All threads of all CTAs of the cluster, without a promise about memory: a release at cluster scope would
-// compile to a fence of all of it.
+__device__ __forceinline__ u32 cluster_num_ctas() {
+  u32 count;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
+}
+
+// What another CTA of the cluster has where `address` points to in this one's shared memory.
+__device__ __forceinline__ u32 load_shared_of(const u32* address, u32 cta_rank) {
+  u32 value;
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %1, %2; ld.shared::cluster.u32 %0, [remote]; }"
+      : "=r"(value)
+      : "r"(shared_address(address)), "r"(cta_rank)
+      : "memory");
+  return value;
+}
+
+// All threads of all CTAs of the cluster; what they wrote before is visible to all of them behind it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// The same without a promise about memory: a release at cluster scope would compile to a fence of all of it.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
 }

@@ -65,12 +65,13 @@ class Kernel:
         ])
 
     def plan(self, grid: int, arguments: Sequence[Pointer | Scalar | TensorMap], *,
-             shared_bytes: int = 0) -> LaunchPlan:
+             cluster: int = 1, shared_bytes: int = 0) -> LaunchPlan:
         """The compiled kernel, and how to launch it on `grid` CTAs along x.
 
         Args:
           grid: at most MAX_GRID.
           arguments: one for each parameter, in order.
+          cluster: neighbouring CTAs that form one, a divisor of `grid`.
           shared_bytes: dynamic shared memory of a CTA.
 
         Raises:
@@ -79,8 +80,8 @@ class Kernel:
         """
         settings.configure_logging()
         cubin = find_or_compile(self.source(), stem=self.entry, description=repr(self))
-        return LaunchPlan(cubin, self.entry, grid=(grid, 1, 1), cluster=(1, 1, 1), block=self.threads,
-                          shared_bytes=shared_bytes, arguments=tuple(arguments))
+        return LaunchPlan(cubin, self.entry, grid=(grid, 1, 1), cluster=(cluster, 1, 1),
+                          block=self.threads, shared_bytes=shared_bytes, arguments=tuple(arguments))
 
 
 def kernel_call(plan: LaunchPlan, results: Sequence[jax.ShapeDtypeStruct],

@@ -1,0 +1,189 @@
+// Tokens to the rows of their experts, quantised on the way, and rows back to tokens, weighted and summed.
+// Bound by memory: half a warp works on a token's 128 columns, or on several times as many, and loads all of
+// them before it uses any.
+//
+//   Config::Input          Bf16, F16 or F32
+//   Config::Float8         E4M3 or E5M2 (permute)
+//   Config::kThreads       of a CTA
+//   Config::kThreadBlocks  neighbouring 128-blocks of a token that half a warp takes
+//   Config::kTopK          rows of a token
+//   Config::kVector        rows begin at multiples of 16 bytes, and of 8 in FP8
+#pragma once
+
+#include "quantize.cuh"
+
+namespace fp8gemm {
+
+constexpr u32 kNoRow = ~0u;
+
+// The blocks of a token that half a warp takes, and this lane's columns there. A CTA has one batch.
+template <class Config>
+struct TokenBlocks {
+  static constexpr u32 kThreadBlocks = Config::kThreadBlocks, kHalfWarps = Config::kThreads / kBlockLanes;
+
+  u32 batch, token, tokens, columns, first_block, lane;
+
+  __device__ TokenBlocks(u32 tokens, u32 columns) : tokens(tokens), columns(columns) {
+    const u32 per_token = (num_blocks() + kThreadBlocks - 1) / kThreadBlocks;
+    const u32 ctas = (tokens * per_token + kHalfWarps - 1) / kHalfWarps;
+    const u32 index = blockIdx.x % ctas * kHalfWarps + threadIdx.x / kBlockLanes;
+    batch = blockIdx.x / ctas, token = index / per_token;
+    first_block = index % per_token * kThreadBlocks, lane = threadIdx.x % kBlockLanes;
+  }
+
+  __device__ bool exists() const { return token < tokens; }
+  __device__ u32 num_blocks() const { return (columns + kBlockColumns - 1) / kBlockColumns; }
+  __device__ i64 index_of_token() const { return static_cast<i64>(batch) * tokens + token; }
+
+  // The lane's first column of the i-th block; its others follow as in `load_chunk`.
+  __device__ u32 column(u32 i) const {
+    return (first_block + i) * kBlockColumns + lane * (Config::kVector ? kLaneColumns : 1);
+  }
+
+  // What a lane has for slot `first_slot` + lane, from an array [batch][tokens][kTopK].
+  template <class T>
+  __device__ T load_slot(const T* slots, u32 first_slot, T otherwise) const {
+    const u32 slot = first_slot + lane;
+    return exists() && slot < Config::kTopK ? slots[index_of_token() * Config::kTopK + slot] : otherwise;
+  }
+};
+
+// What a token becomes: codes and scales of its blocks, the same in each of its rows.
+template <class Config>
+struct QuantizedToken {
+  static constexpr u32 kThreadBlocks = Config::kThreadBlocks;
+
+  uint2 codes[kThreadBlocks];
+  float scales[kThreadBlocks];
+
+  // All of it is zero.
+  __device__ QuantizedToken() {
+#pragma unroll
+    for (u32 i = 0; i < kThreadBlocks; ++i) codes[i] = {}, scales[i] = scale_of<typename Config::Float8>(0);
+  }
+
+  __device__ QuantizedToken(const TokenBlocks<Config>& blocks, const void* x) {
+    Chunk<typename Config::Input> chunks[kThreadBlocks];
+    const auto* row =
+        static_cast<const typename Config::Input::Storage*>(x) + blocks.index_of_token() * blocks.columns;
+#pragma unroll
+    for (u32 i = 0; i < kThreadBlocks; ++i)
+      if (blocks.exists() && blocks.column(i) < blocks.columns)
+        load_chunk<Config>(chunks[i], row, blocks.column(i), blocks.columns);
+    quantize(chunks);
+  }
+
+  // Writes up to 16 rows, of which each lane names one: values [batch][rows][columns], scales
+  // [batch][blocks][rows].
+  __device__ void write(const TokenBlocks<Config>& blocks, u32 row_of_lane, u8* values,
+                        float* out_scales) const {
+    const u32 rows = blocks.tokens * Config::kTopK, num_blocks = blocks.num_blocks();
+    const i64 block = static_cast<i64>(blocks.batch) * num_blocks + blocks.first_block;
+#pragma unroll
+    for (u32 i = 0; i < kThreadBlocks; ++i)
+      if (row_of_lane < rows && blocks.first_block + i < num_blocks)
+        out_scales[(block + i) * rows + row_of_lane] = scales[i];
+#pragma unroll
+    for (u32 slot = 0; slot < min_of(Config::kTopK, kBlockLanes); ++slot) {
+      const u32 row = __shfl_sync(0xffffffff, row_of_lane, slot, kBlockLanes);
+      if (row >= rows) continue;
+      u8* const out = values + (static_cast<i64>(blocks.batch) * rows + row) * blocks.columns;
+#pragma unroll
+      for (u32 i = 0; i < kThreadBlocks; ++i)
+        if (blocks.column(i) < blocks.columns)
+          store_codes<Config>(codes[i], out, blocks.column(i), blocks.columns);
+    }
+  }
+
+ private:
+  __device__ void quantize(Chunk<typename Config::Input> (&chunks)[kThreadBlocks]) {
+    using Float8 = typename Config::Float8;
+    float amax[kThreadBlocks];
+    finite_maxima(chunks, amax);
+    max_over_block(amax);
+#pragma unroll
+    for (u32 i = 0; i < kThreadBlocks; ++i) {
+      scales[i] = scale_of<Float8>(amax[i]);
+      codes[i] = quantized<Float8>(chunks[i], __frcp_rn(scales[i]));
+    }
+  }
+};
+
+// x [batch][tokens][columns], positions [batch][tokens][kTopK] -> values [batch][rows][columns], scales
+// [batch][blocks][rows], rows = tokens * kTopK: row positions[token][slot] is the token, those from
+// num_rows [batch] on are zeros with the smallest scale.
+template <class Config>
+__device__ void permute(const void* x, const int* positions, const int* num_rows, void* values, float* scales,
+                        u32 tokens, u32 columns) {
+  const TokenBlocks<Config> blocks(tokens, columns);
+  constexpr u32 kStrips = ceil_div(Config::kTopK, kBlockLanes);
+  u32 rows[kStrips];  // a lane's
+#pragma unroll
+  for (u32 i = 0; i < kStrips; ++i) rows[i] = blocks.load_slot(positions, i * kBlockLanes, -1);
+  const u32 valid_rows = num_rows[blocks.batch];
+  const auto write = [&](const QuantizedToken<Config>& token) {
+#pragma unroll
+    for (u32 i = 0; i < kStrips; ++i) token.write(blocks, rows[i], static_cast<u8*>(values), scales);
+  };
+  write(QuantizedToken<Config>(blocks, x));
+  if (valid_rows == tokens * Config::kTopK) return;
+  // As many rows are left over as ids were dropped: each slot looks after the row of its own number.
+#pragma unroll
+  for (u32 i = 0; i < kStrips; ++i) {
+    const u32 slot = i * kBlockLanes + blocks.lane, row = blocks.token * Config::kTopK + slot;
+    rows[i] = blocks.exists() && slot < Config::kTopK && row >= valid_rows ? row : kNoRow;
+  }
+  write(QuantizedToken<Config>());
+}
+
+template <class Config>
+__device__ __forceinline__ void store_bf16(const float (&x)[kLaneColumns], u16* row, u32 column,
+                                           u32 columns) {
+  u32 pairs[kLaneColumns / 2];
+#pragma unroll
+  for (int i = 0; i < kLaneColumns / 2; ++i) pairs[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
+  if constexpr (Config::kVector) {
+    ptx::store_16(row + column, {pairs[0], pairs[1], pairs[2], pairs[3]});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i)
+      if (column + i * kBlockLanes < columns) row[column + i * kBlockLanes] = pairs[i / 2] >> i % 2 * 16;
+  }
+}
+
+// y [batch][rows][columns], positions and weights [batch][tokens][kTopK] -> out [batch][tokens][columns], the
+// sums over the slots, in order; a position that is no row adds nothing.
+template <class Config>
+__device__ void unpermute(const void* y, const int* positions, const float* weights, void* out, u32 tokens,
+                          u32 rows, u32 columns) {
+  constexpr u32 kStrip = 8;  // slots whose loads overlap
+  const TokenBlocks<Config> blocks(tokens, columns);
+  const u32 column = blocks.column(0);
+  const auto* first_row = static_cast<const u16*>(y) + static_cast<i64>(blocks.batch) * rows * columns;
+  float sums[kLaneColumns] = {};
+#pragma unroll
+  for (u32 first_slot = 0; first_slot < Config::kTopK; first_slot += kStrip) {
+    const u32 position = blocks.load_slot(positions, first_slot, -1);
+    const float weight = blocks.load_slot(weights, first_slot, 0.0f);
+    constexpr u32 kSlots = min_of(Config::kTopK, kStrip);
+    Chunk<Bf16> chunks[kSlots];
+    u32 row[kSlots];
+#pragma unroll
+    for (u32 i = 0; i < kSlots; ++i) {
+      row[i] = __shfl_sync(0xffffffff, position, i, kBlockLanes);
+      if (row[i] < rows && column < columns)
+        load_chunk<Config>(chunks[i], first_row + static_cast<i64>(row[i]) * columns, column, columns);
+    }
+#pragma unroll
+    for (u32 i = 0; i < kSlots; ++i) {
+      const float w = __shfl_sync(0xffffffff, weight, i, kBlockLanes);
+      if (row[i] >= rows) continue;
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) sums[j] = __fmaf_rn(w, chunks[i][j], sums[j]);
+    }
+  }
+  if (blocks.exists() && column < columns)
+    store_bf16<Config>(sums, static_cast<u16*>(out) + blocks.index_of_token() * columns, column, columns);
+}
+
+}  // namespace fp8gemm

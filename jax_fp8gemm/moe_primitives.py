@@ -1,0 +1,97 @@
+"""Sorting, permuting and unpermuting as JAX primitives: results, batching and lowering, as table entries.
+
+Operands are in canonical form: each has a batch axis first, and all vary over the same manual mesh axes
+(`match_varying`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm import reference_moe
+from jax_fp8gemm.jit.kernel import kernel_call
+from jax_fp8gemm.jit.moe import (
+    PermuteProblem,
+    SortProblem,
+    UnpermuteProblem,
+    plan_permute,
+    plan_sort,
+    plan_unpermute,
+)
+from jax_fp8gemm.operation import Operation, fold_into_batch, register
+from jax_fp8gemm.quantize_primitives import DTYPE_NAMES, scaled_call, scaled_results
+from jax_fp8gemm.scaling import ROW_BLOCKS
+
+_INT32 = jnp.dtype(jnp.int32)
+
+# ---- fp8_sort_by_expert: expert_ids [B, T, top_k]
+#      -> group_sizes [B, E], positions [B, T, top_k], num_rows [B]
+
+
+def _sort_results(expert_ids, *, num_experts):
+    batch = expert_ids.shape[0]
+    return [((batch, num_experts), _INT32), (expert_ids.shape, _INT32), ((batch,), _INT32)]
+
+
+def _sort_hopper(expert_ids, *, num_experts):
+    batch, tokens, top_k = expert_ids.shape
+    results = [jax.ShapeDtypeStruct(*result) for result in _sort_results(expert_ids, num_experts=num_experts)]
+    return kernel_call(plan_sort(SortProblem(batch, tokens * top_k, num_experts)), results)(expert_ids)
+
+
+def _sort_batch(axis, operands, dims, **params):
+    return fold_into_batch(sort_by_expert_p, axis, operands, dims, params)
+
+
+sort_by_expert_p = register(Operation("fp8_sort_by_expert", _sort_results, _sort_batch,
+                                      reference_moe.sort_by_expert, _sort_hopper))
+
+
+# ---- fp8_permute: x [B, T, K], positions [B, T, top_k], num_rows [B]
+#      -> values [B, T * top_k, K], scales [B, T * top_k, ceil(K/128)]
+
+
+def _permuted_shape(x, positions):
+    batch, tokens, top_k = positions.shape
+    return batch, tokens * top_k, x.shape[2]
+
+
+def _permute_results(x, positions, num_rows, *, dtype):
+    return scaled_results(_permuted_shape(x, positions), ROW_BLOCKS, dtype)
+
+
+def _permute_hopper(x, positions, num_rows, *, dtype):
+    problem = PermuteProblem(*x.shape, top_k=positions.shape[2], input_dtype=DTYPE_NAMES[x.dtype],
+                             float8_dtype=DTYPE_NAMES[dtype])
+    return scaled_call(plan_permute(problem), _permuted_shape(x, positions), ROW_BLOCKS, dtype,
+                       x, positions, num_rows)
+
+
+def _permute_batch(axis, operands, dims, **params):
+    return fold_into_batch(permute_p, axis, operands, dims, params)
+
+
+permute_p = register(Operation("fp8_permute", _permute_results, _permute_batch, reference_moe.permute,
+                               _permute_hopper))
+
+
+# ---- fp8_unpermute: y [B, M, D], positions and weights [B, T, top_k] -> [B, T, D]
+
+
+def _unpermute_results(y, positions, weights):
+    return [((*positions.shape[:2], y.shape[2]), y.dtype)]
+
+
+def _unpermute_hopper(y, positions, weights):
+    problem = UnpermuteProblem(*positions.shape, rows=y.shape[1], columns=y.shape[2])
+    results = [jax.ShapeDtypeStruct(*result) for result in _unpermute_results(y, positions, weights)]
+    return kernel_call(plan_unpermute(problem), results)(y, positions, weights)
+
+
+def _unpermute_batch(axis, operands, dims, **params):
+    return fold_into_batch(unpermute_p, axis, operands, dims, params)
+
+
+unpermute_p = register(Operation("fp8_unpermute", _unpermute_results, _unpermute_batch,
+                                 reference_moe.unpermute, _unpermute_hopper))
