@@ -34,12 +34,14 @@ __device__ __forceinline__ void compute_from_here(float& value) { asm volatile("
 // Scales are read before the products are issued (`load`), as issuing blocks while the tensor core is busy,
 // and multiplied after (`prepare`), lest the products wait for them.
 //
-// Both sides per row: a product for each element.
+// Both sides per row: a product for each element. A thread would need a register for each of its columns, and
+// so reads them where they are multiplied (`kReadLate`), and gives its stage back only then.
 template <class Config, bool kRhsPerRow = Tile<Config>::kRhsPerRow, bool kSwapAB = Config::kSwapAB>
 struct Scales {
   using T = Tile<Config>;
+  static constexpr bool kReadLate = true;
   float rows[2];
-  float columns[T::kWarpgroupQ / 8][2];
+  const float* columns;
 
   __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int,
                        int mma) {
@@ -47,11 +49,7 @@ struct Scales {
     const float* q_scale = kSwapAB ? shared.lhs_scale[stage] : shared.rhs_scale[stage];
 #pragma unroll
     for (int row = 0; row < 2; ++row) rows[row] = p_scale[at.p + mma * kMmaP + row * 8];
-#pragma unroll
-    for (int j = 0; j < T::kWarpgroupQ / 8; ++j) {
-      const float2 pair = *reinterpret_cast<const float2*>(&q_scale[at.q + j * 8]);
-      columns[j][0] = pair.x, columns[j][1] = pair.y;
-    }
+    columns = &q_scale[at.q];
   }
 
   __device__ void prepare() {
@@ -60,7 +58,8 @@ struct Scales {
   }
 
   __device__ float operator()(int row, int j, int column) const {
-    return __fmul_rn(rows[row], columns[j][column]);
+    const float2 pair = *reinterpret_cast<const float2*>(&columns[j * 8]);
+    return __fmul_rn(rows[row], column == 0 ? pair.x : pair.y);
   }
 };
 
@@ -72,6 +71,7 @@ struct Scales<Config, false, false> {
   static constexpr int kAlignment = gcd(gcd(Config::kBlockN, T::kWarpgroupQ), kScaleBlock);
   static constexpr int kBlocks = ceil_div(kScaleBlock - kAlignment + T::kWarpgroupQ, kScaleBlock);
   static constexpr bool kAligned = kAlignment == kScaleBlock;
+  static constexpr bool kReadLate = false;
   static_assert(kBlocks <= 3);
 
   float rows[2], blocks[kBlocks];
@@ -112,6 +112,7 @@ struct Scales<Config, false, false> {
 template <class Config>
 struct Scales<Config, false, true> {
   using T = Tile<Config>;
+  static constexpr bool kReadLate = false;
   static_assert(Config::kBlockN % kMmaP == 0);
   float weight;
   float columns[T::kWarpgroupQ / 8][2];
@@ -209,11 +210,10 @@ struct Mainloop {
   // Waits for a product, all but the `kPending` started after it, and adds it with its scales.
   template <int kPending>
   __device__ void finish(Partial<Config>& partial, int i) {
+    constexpr bool kReadLate = Scales<Config>::kReadLate;
+    const bool is_last = i == T::kNumMmaP - 1;
     ptx::wgmma_wait<kPending>(partial.fragment);
-    if (i == T::kNumMmaP - 1) {
-      behind.release();
-      behind.advance();
-    }
+    if (is_last && !kReadLate) behind.release();
 #pragma unroll
     for (int j = 0; j < T::kWarpgroupQ / 8; ++j)
 #pragma unroll
@@ -221,6 +221,8 @@ struct Mainloop {
         float& sum = accumulators[i][4 * j + e];
         sum = __fmaf_rn(partial.scales(e / 2, j, e % 2), partial.fragment[4 * j + e], sum);
       }
+    if (is_last && kReadLate) behind.release();
+    if (is_last) behind.advance();
   }
 
   __device__ void run(int num_k_blocks) {

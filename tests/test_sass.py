@@ -26,6 +26,13 @@ PROBLEMS = [GemmProblem(m, n, k) for n, k in DENSE for m in (1, 64, 4096)] + [
     GemmProblem(16, 576, 7168, rhs_scale_rows=1, batch=4, rhs_batched=False),
     GemmProblem(129, 1001, 400, lhs_dtype="e5m2"),
     GemmProblem(7, 1001, 400, rhs_dtype="e5m2"),
+    GemmProblem(8192, 4096, 7168, kind="ragged_m", groups=256),
+    GemmProblem(1000, 1001, 400, kind="ragged_m", groups=3, out_dtype="f32"),
+    GemmProblem(128, 7168, 2048, kind="masked", groups=32, expected_m=8),
+    GemmProblem(512, 7168, 2048, kind="masked", groups=4, rhs_scale_rows=1),
+    GemmProblem(576, 7168, 65536, kind="ragged_k", groups=64, rhs_scale_rows=1),
+    GemmProblem(576, 7169, 65536, kind="ragged_k", groups=64, rhs_scale_rows=1, out_dtype="f32",
+                accumulate=True),
 ]
 # Each feature of the kernel once, whatever the model prefers.
 FEATURES = [
@@ -36,6 +43,10 @@ FEATURES = [
     (GemmProblem(64, 4096, 4096, out_dtype="f32", accumulate=True),
      GemmConfig(32, 128, 6, swap_ab=True, split_k=2)),
     (GemmProblem(4096, 4095, 4096), GemmConfig(128, 160, 4)),
+    (GemmProblem(8192, 4096, 4096, kind="ragged_m", groups=8), GemmConfig(128, 128, 5, cluster_m=2)),
+    (GemmProblem(8192, 4096, 4096, kind="masked", groups=8), GemmConfig(256, 128, 3, cluster_n=2)),
+    (GemmProblem(4096, 4096, 8192, kind="ragged_k", groups=8, rhs_scale_rows=1, accumulate=True,
+                 out_dtype="f32"), GemmConfig(128, 112, 5, partials=2)),
 ]
 # Each distinct configuration of the shipped table, with one of its problems.
 TUNED = [(problem, config) for config, problem in
@@ -76,6 +87,8 @@ def _check_multiplication(instructions):
     """
     order = [each.name.split(".R")[0] for each in instructions
              if each.is_a("QGMMA") or each.name.startswith(("WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR"))]
+    first, *_, last = (i for i, each in enumerate(instructions) if each.is_a("QGMMA"))
+    assert not any(each.is_a("R2UR") for each in instructions[first:last]), "descriptors are not uniform"
     kinds = "".join("q" if name.startswith("QGMMA") else "a" if "ARRIVE" in name else "d" for name in order)
     assert re.fullmatch(r"((aqqqq)+d+)+", kinds), kinds
 

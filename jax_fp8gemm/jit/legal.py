@@ -42,11 +42,13 @@ def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
     """Registers of a consumer thread: the tile's sums, the tensor core's own of each product in flight, the
     rest.
 
-    A thread also holds the scales of its columns where each has its own, else four for each further block of
-    rhs that the warpgroup touches.
+    A thread also holds the scales of its columns where these are tokens, or four for each further block of
+    rhs that the warpgroup touches. Where both sides have scales of single rows, it reads them as it goes.
     """
     p, q = warpgroup_tile(config)
-    if config.swap_ab or problem.rhs_scale_rows == 1:
+    if problem.rhs_scale_rows == 1:
+        scales = 0
+    elif config.swap_ab:
         scales = q // 4
     else:
         scales = 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)

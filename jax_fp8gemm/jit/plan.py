@@ -62,8 +62,8 @@ def _row_map(buffer: int, dtype: str, shape: tuple[int, ...], item: int, box: tu
     if ends_anywhere:
         return TensorMap(buffer, dtype, shape=(columns, box[1], count * rows + 1),
                          strides=(pitch, pitch), box=(*box, 1), swizzle=swizzle, lead=box[1] * pitch)
-    return TensorMap(buffer, dtype, shape=(columns, rows, count), strides=(pitch, rows * pitch), box=(*box, 1),
-                     swizzle=swizzle)
+    return TensorMap(buffer, dtype, shape=(columns, rows, count), strides=(pitch, rows * pitch),
+                     box=(*box, 1), swizzle=swizzle)
 
 
 def _num_ctas(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:

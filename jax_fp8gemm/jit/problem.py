@@ -26,12 +26,12 @@ DENSE, RAGGED_M, MASKED, RAGGED_K = KINDS = ("dense", "ragged_m", "masked", "rag
 class GemmProblem:
     """out = dequantised lhs @ dequantised rhs.T (+ out), for each of a batch and, in three kinds, of a group.
 
-    | kind     | lhs              | rhs              | out              | group g of `group_sizes` [batch, G] |
-    |----------|------------------|------------------|------------------|-------------------------------------|
-    | dense    | [batch, M, K]    | [batch, N, K]    | [batch, M, N]    |                                     |
-    | ragged_m | [batch, M, K]    | [batch, G, N, K] | [batch, M, N]    | rows of lhs and out behind g - 1's  |
-    | masked   | [batch, G, M, K] | [batch, G, N, K] | [batch, G, M, N] | first rows of lhs[g] and out[g]     |
-    | ragged_k | [batch, M, K]    | [batch, N, K]    | [batch, G, M, N] | columns of lhs and rhs, 128-aligned |
+    | kind     | lhs              | rhs              | out              | a group's part                     |
+    |----------|------------------|------------------|------------------|------------------------------------|
+    | dense    | [batch, M, K]    | [batch, N, K]    | [batch, M, N]    |                                    |
+    | ragged_m | [batch, M, K]    | [batch, G, N, K] | [batch, M, N]    | the next rows of lhs and out       |
+    | masked   | [batch, G, M, K] | [batch, G, N, K] | [batch, G, M, N] | the first rows of lhs[g] and out[g]|
+    | ragged_k | [batch, M, K]    | [batch, N, K]    | [batch, G, M, N] | the next 128-blocks of K           |
 
     Attributes:
       m, n, k: all at least 1, and K a multiple of 16 (the lowering pads K to that; the copy engine needs rows
@@ -40,7 +40,7 @@ class GemmProblem:
       lhs_batched, rhs_batched: False where the operand has a leading axis of 1, shared by the whole batch.
       kind: one of KINDS.
       groups: G; their sizes are known on the device only.
-      expected_m: rows that a group is expected to have. It guides the choice of a configuration, nothing else.
+      expected_m: rows that a group is expected to have. A hint for choosing a configuration.
       lhs_dtype, rhs_dtype: "e4m3" or "e5m2".
       out_dtype: "bf16" or "f32".
       rhs_scale_rows: rows of rhs that share a scale: 128 (weights) or 1 (activations). lhs always has 1.
@@ -73,8 +73,9 @@ class GemmProblem:
                 raise ValueError(f"GemmProblem.{name}: expected a whole number of at least 1, got {value!r}")
         if self.k % TMA_ALIGNMENT:
             raise ValueError(f"GemmProblem.k: expected a multiple of {TMA_ALIGNMENT}, got {self.k}")
-        for name, allowed in (("kind", KINDS), ("lhs_dtype", ("e4m3", "e5m2")), ("rhs_dtype", ("e4m3", "e5m2")),
-                              ("out_dtype", ("bf16", "f32")), ("rhs_scale_rows", (1, SCALE_BLOCK))):
+        for name, allowed in (("kind", KINDS), ("lhs_dtype", ("e4m3", "e5m2")),
+                              ("rhs_dtype", ("e4m3", "e5m2")), ("out_dtype", ("bf16", "f32")),
+                              ("rhs_scale_rows", (1, SCALE_BLOCK))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ValueError(f"GemmProblem.{name}: expected one of {allowed}, got {value!r}")

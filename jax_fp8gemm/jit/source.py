@@ -16,7 +16,8 @@ _DENSE_ENTRY = (
 )
 _GROUPED_ENTRY = (
     "    void* out, unsigned m, unsigned num_batches, const int* group_sizes, unsigned num_groups) {",
-    "  const fp8gemm::Arguments arguments{lhs_scale, rhs_scale, out, m, num_batches, group_sizes, num_groups};",
+    "  const fp8gemm::Arguments arguments{lhs_scale, rhs_scale, out, m, num_batches, group_sizes,",
+    "                                     num_groups};",
 )
 
 

@@ -3,9 +3,10 @@
 
 A table is `{"device": …, "entries": [{"problem": …, "config": …, "microseconds": …}, …]}`, where problem
 and config hold the fields of `GemmProblem` and `GemmConfig` that differ from their defaults. An entry serves
-its own M and, where no table has the exact M, every M of the same bucket (`bucket`) with otherwise equal
-facts; among those the nearest M counts. The user's table goes before the shipped one. An entry that is
-malformed, or illegal for the problem, is ignored with a log line.
+its own number of tokens (`tokens`) and, where no table has the exact one, every number of the same bucket
+(`bucket`) with otherwise equal facts; among those the nearest counts, of tokens before groups. The user's
+table goes before the shipped one. An entry that is malformed, or illegal for the problem, is ignored with a
+log line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax_fp8gemm.jit import settings
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.legal import rejection
-from jax_fp8gemm.jit.problem import GemmProblem, round_up
+from jax_fp8gemm.jit.problem import KINDS, RAGGED_K, TMA_ALIGNMENT, GemmProblem, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +58,25 @@ def _set_fields(instance: GemmProblem | GemmConfig) -> dict:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def bucket(m: int) -> int:
-    """The largest M that shares measurements with `m`: buckets of 8 up to 64, then four to each doubling."""
-    step = max(8, 2 ** ((m - 1).bit_length() - 3))
-    return round_up(m, step)
+def tokens(problem: GemmProblem) -> int:
+    """Tokens of a product, as far as they are known: its rows or, in a weight gradient, its K."""
+    return problem.as_dense().k if problem.kind == RAGGED_K else problem.rows
+
+
+def bucket(tokens: int) -> int:
+    """The most tokens that share measurements: buckets of 8 up to 64, then four to each doubling."""
+    step = max(8, 2 ** ((tokens - 1).bit_length() - 3))
+    return round_up(tokens, step)
 
 
 def _facts(problem: GemmProblem) -> GemmProblem:
-    """What of a problem, M aside, makes a difference in time.
+    """What of a problem, tokens and groups aside, makes a difference in time.
 
     e5m2 takes as long as e4m3, and `batch_invariant` only makes entries with split-K illegal.
     """
-    problem = dataclasses.replace(problem, m=1, lhs_dtype="e4m3", rhs_dtype="e4m3", batch_invariant=False)
+    axis = "k" if problem.kind == RAGGED_K else "m"
+    problem = dataclasses.replace(problem, lhs_dtype="e4m3", rhs_dtype="e4m3", batch_invariant=False,
+                                  groups=1, expected_m=None, **{axis: TMA_ALIGNMENT})
     return problem if problem.batch > 1 else dataclasses.replace(problem, lhs_batched=True, rhs_batched=True)
 
 
@@ -120,9 +128,10 @@ def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
         for entry in load(path):
             if problem.batch_invariant and entry.config.split_k > 1:
                 continue
-            if _facts(entry.problem) == _facts(problem) and bucket(entry.problem.m) == bucket(problem.m):
-                distance = abs(entry.problem.m - problem.m)
-                near.append(((distance > 0, order, distance), entry.config, name))
+            given, measured = tokens(problem), tokens(entry.problem)
+            if _facts(entry.problem) == _facts(problem) and bucket(measured) == bucket(given):
+                distance = abs(measured - given), abs(entry.problem.groups - problem.groups)
+                near.append(((distance > (0, 0), order, distance), entry.config, name))
     for _, config, name in sorted(near, key=lambda item: item[0]):
         reason = rejection(problem, config, device)
         if reason is None:
@@ -136,7 +145,8 @@ def add(path: pathlib.Path, device: Device, entries: list[Entry]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         merged = {entry.problem: entry for entry in (*load(path), *entries)}
-        by_shape = lambda entry: (entry.problem.n, entry.problem.k, entry.problem.m)
+        by_shape = lambda entry: (KINDS.index(entry.problem.kind), entry.problem.n, entry.problem.k,
+                                  entry.problem.groups, tokens(entry.problem))
         _write(path, device, sorted(merged.values(), key=by_shape))
 
 
