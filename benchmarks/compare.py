@@ -189,7 +189,7 @@ def print_table(report: Mapping[str, Any]) -> None:
     print(f"\n{report['gpu']}, kernel time in us, cold L2, median of {report['repeats']}")
     header = [
         f"{'workload':>{width}}",
-        *(f"{name[:14]:>14}" for name in names),
+        *(f"{name[:13]:>14}" for name in names),
         "  TFLOPS   GB/s  speed over " + ", ".join(report["baselines"]),
     ]
     print("".join(header))
@@ -200,7 +200,10 @@ def print_table(report: Mapping[str, Any]) -> None:
             cells.append(f"{kernel['median_us']:14.1f}" if kernel else f"{'-':>14}")
         ours = row["results"].get(OURS, {}).get("kernel")
         cells.append(f"{ours['tflops']:8.0f} {ours['gb_per_s']:6.0f}  " if ours else " " * 17)
-        cells.append(", ".join(f"{ratio:.3f}" for ratio in row["speedup"].get("kernel", {}).values()))
+        ratios = row["speedup"].get("kernel", {})
+        cells.append(
+            ", ".join(f"{ratios[name]:.3f}" if name in ratios else "-" for name in report["baselines"])
+        )
         print("".join(cells))
     for tag, means in report["geometric_means"].items():
         print(

@@ -9,8 +9,10 @@ import numpy as np
 from benchmarks.operands import SCALE_BLOCK, GroupedOperands, tokens_in_blocks
 from benchmarks.peers.base import Absent, Unsupported
 from benchmarks.peers.jax_peers import JaxPeer, dequantize
+from benchmarks.workloads import GroupedWorkload
 from jax_fp8gemm import ScaledArray, fp8_gemm_masked, fp8_gemm_ragged_k, fp8_gemm_ragged_m
 
+MAX_GROUPS = 32  # for lax.ragged_dot
 _ROWS, _SQUARES = (1, SCALE_BLOCK), (SCALE_BLOCK, SCALE_BLOCK)
 
 
@@ -54,10 +56,30 @@ class GroupedFp8Gemm(JaxPeer):
 
 
 class RaggedDot(JaxPeer):
-    """bf16 on the tokens that there are, one group's after the other's: a masked workload is packed."""
+    """bf16 on the tokens that there are, one group's after the other's: a masked workload is packed.
+
+    Kernel time alone: XLA tunes each program for so long that larger ones are not worth it.
+    """
 
     title = "lax.ragged_dot bf16"
     note = "jax.lax.ragged_dot on dequantised tokens, packed, rhs [G, K, N]; ragged_dot_general for ragged K"
+
+    def refusal(self, workload: GroupedWorkload) -> str | None:
+        """Why it does not take a workload."""
+        if workload.groups > MAX_GROUPS:
+            return f"it does the dense work of every group: compared up to {MAX_GROUPS} groups"
+        return None
+
+    def prepare(self, workloads, programs=False):
+        super().prepare([workload for workload in workloads if not self.refusal(workload)])
+
+    def bind(self, operands):
+        if reason := self.refusal(operands.workload):
+            raise Unsupported(reason)
+        return super().bind(operands)
+
+    def bind_program(self, operands):
+        return None
 
     def gemm(self, workload, lhs, rhs, group_sizes):
         if workload.kind != "ragged_k":
@@ -101,13 +123,8 @@ class Tokamax(RaggedDot):
     def gemm(self, workload, lhs, rhs, group_sizes):
         return self._ragged_dot(lhs, rhs, group_sizes=group_sizes, preferred_element_type=jnp.bfloat16)
 
-    def prepare(self, workloads, programs=False):
-        super().prepare([w for w in workloads if w.kind != "ragged_k"], programs)
-
-    def bind(self, operands):
-        if operands.workload.kind == "ragged_k":
-            raise Unsupported("tokamax.ragged_dot has no ragged contraction")
-        return super().bind(operands)
+    def refusal(self, workload):
+        return "tokamax.ragged_dot has no ragged contraction" if workload.kind == "ragged_k" else None
 
 
 @jax.jit
