@@ -5,22 +5,10 @@
 // that exist end. Running sums saturate there, so that nothing overflows.
 #pragma once
 
+#include "scan.cuh"
 #include "scheduler.cuh"
 
 namespace fp8gemm {
-
-// a + b, but no more than limit, for a, b <= limit < 2^31.
-__device__ __forceinline__ u32 add_saturating(u32 a, u32 b, u32 limit) { return min(a + b, limit); }
-
-// The sums over the warp's lanes up to each one.
-__device__ __forceinline__ u32 scan_saturating(u32 value, u32 limit) {
-#pragma unroll
-  for (u32 distance = 1; distance < 32; distance *= 2) {
-    const u32 before = __shfl_up_sync(0xffffffff, value, distance);
-    if (lane_index() >= distance) value = add_saturating(value, before, limit);
-  }
-  return value;
-}
 
 // 32 groups of one batch, a lane each: what they own of the axis that is divided among them, and their tiles.
 template <class Config>
