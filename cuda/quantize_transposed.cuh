@@ -78,11 +78,12 @@ struct TransposeTile {
     alignas(16) float reciprocals[kBlockColumns];
   };
 
-  u32 lane = threadIdx.x % kBlockLanes, half_warp = threadIdx.x / kBlockLanes;
+  __device__ static u32 lane() { return threadIdx.x % kBlockLanes; }
+  __device__ static u32 half_warp() { return threadIdx.x / kBlockLanes; }
 
   // The i-th of a thread's columns, as in `load_chunk`.
-  __device__ u32 column(u32 i) const {
-    return Config::kVector ? lane * kLaneColumns + i : lane + i * kBlockLanes;
+  __device__ static u32 column(u32 i) {
+    return Config::kVector ? lane() * kLaneColumns + i : lane() + i * kBlockLanes;
   }
   __device__ static u32 permutation(u32 column) { return column / kLaneColumns % kBlockLanes; }
 
@@ -90,24 +91,25 @@ struct TransposeTile {
 
   // x is the first row of the block's tokens, of which there are `count`.
   __device__ void load(const typename Config::Input::Storage* x, u32 count, u32 first_column, u32 columns) {
-    const u32 first = half_warp * kThreadTokens, column = first_column + this->column(0);
+    const u32 first = half_warp() * kThreadTokens, column = first_column + this->column(0);
 #pragma unroll
     for (u32 i = 0; i < kThreadTokens; ++i)
       if (first + i < count && column < columns)
         load_chunk<Config>(tokens[i], x + static_cast<i64>(first + i) * columns, column, columns);
   }
 
-  // The largest finite magnitudes of each column, over the tokens of a warp.
+  // The largest finite magnitudes of each column, over the tokens of a warp; infinities become NaN.
   __device__ void write_maxima(Shared& shared) {
-    float by_tokens[kThreadTokens];
-    finite_maxima(tokens, by_tokens);  // for the infinities
+    float maxima[kLaneColumns];
+    if (max_of_columns(maxima) > kLargestFloat) {
+#pragma unroll
+      for (u32 j = 0; j < kThreadTokens; ++j) tokens[j].infinities_to_nan();
+      max_of_columns(maxima);
+    }
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
-      float largest = 0;
-#pragma unroll
-      for (u32 j = 0; j < kThreadTokens; ++j) largest = fmaxf(largest, fabsf(tokens[j][i]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, kBlockLanes));
-      if (half_warp % 2 == 0) shared.maxima[half_warp / 2][column(i)] = largest;
+      const float of_warp = fmaxf(maxima[i], __shfl_xor_sync(0xffffffff, maxima[i], kBlockLanes));
+      if (half_warp() % 2 == 0) shared.maxima[half_warp() / 2][column(i)] = of_warp;
     }
   }
 
@@ -128,7 +130,7 @@ struct TransposeTile {
       const u32 column = this->column(i);
       const float reciprocal = shared.reciprocals[column];
       const auto scaled = [&](int j) { return __fmul_rn(tokens[j][i], reciprocal); };
-      shared.codes[column][half_warp ^ permutation(column)] = {
+      shared.codes[column][half_warp() ^ permutation(column)] = {
           Float8::pack(scaled(0), scaled(1), scaled(2), scaled(3)),
           Float8::pack(scaled(4), scaled(5), scaled(6), scaled(7))};
     }
@@ -147,6 +149,20 @@ struct TransposeTile {
       ptx::store_16(values + (first_column + column) * pitch + pair * 16, codes);
     }
   }
+
+ private:
+  // Over this thread's tokens, without NaN. Returns the largest of all.
+  __device__ float max_of_columns(float (&maxima)[kLaneColumns]) const {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+      maxima[i] = 0;
+#pragma unroll
+      for (u32 j = 0; j < kThreadTokens; ++j) maxima[i] = fmaxf(maxima[i], fabsf(tokens[j][i]));
+      largest = fmaxf(largest, maxima[i]);
+    }
+    return largest;
+  }
 };
 
 // x [batch][tokens][columns], group_sizes [batch][num_groups] -> values [batch][columns][K], scales
@@ -158,27 +174,28 @@ __device__ void quantize_transposed(const void* x, const int* group_sizes, void*
   __shared__ typename TransposeTile<Config>::Shared shared;
   const u32 block = blockIdx.x % num_blocks, rest = blockIdx.x / num_blocks;
   const u32 column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
-  const i64 batch = rest / column_blocks;
+  const u32 batch = rest / column_blocks;
   const u32 first_column = rest % column_blocks * kBlockColumns;
-  const TokenBlock of_group = find_token_block(group_sizes + batch * num_groups, num_groups, tokens, block);
+  const TokenBlock of_group =
+      find_token_block(group_sizes + static_cast<i64>(batch) * num_groups, num_groups, tokens, block);
 
   TransposeTile<Config> tile;
-  const auto* first_row =
-      static_cast<const typename Config::Input::Storage*>(x) + (batch * tokens + of_group.first) * columns;
+  const auto* first_row = static_cast<const typename Config::Input::Storage*>(x) +
+                          (static_cast<i64>(batch) * tokens + of_group.first) * columns;
   tile.load(first_row, of_group.count, first_column, columns);
   tile.write_maxima(shared);
   __syncthreads();
   if (threadIdx.x < kBlockColumns) {
     const float scale = tile.scale(shared);
     const u32 column = first_column + threadIdx.x;
-    if (column < columns) scales[(batch * num_blocks + block) * columns + column] = scale;
+    if (column < columns) scales[(static_cast<i64>(batch) * num_blocks + block) * columns + column] = scale;
   }
   __syncthreads();
   tile.write_codes(shared);
   __syncthreads();
   const i64 pitch = static_cast<i64>(num_blocks) * kBlockTokens;
-  tile.store(shared, static_cast<u8*>(values) + batch * columns * pitch + block * kBlockTokens, first_column,
-             columns, pitch);
+  const i64 first_value = static_cast<i64>(batch) * columns * pitch + block * kBlockTokens;
+  tile.store(shared, static_cast<u8*>(values) + first_value, first_column, columns, pitch);
 }
 
 }  // namespace fp8gemm

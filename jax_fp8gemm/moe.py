@@ -73,13 +73,15 @@ def permute(
         raise ValueError(f"permute: dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
 
     with jax.named_scope("fp8_permute"):
-        x, expert_ids = match_varying(x[None], expert_ids[None])
+        x, expert_ids = match_varying(*map(_with_batch_axis, (x, expert_ids)))
         group_sizes, positions, num_rows = bind_or_reference(
             sort_by_expert_p, reference_moe.sort_by_expert, expert_ids, num_experts=int(num_experts),
             implementation=implementation)
         values, scales = bind_or_reference(permute_p, reference_moe.permute, x, positions, num_rows,
                                            dtype=dtype, implementation=implementation)
-        return ScaledArray(values[0], scales[0], ROW_BLOCKS), group_sizes[0], positions[0]
+        group_sizes, positions, values, scales = map(
+            _without_batch_axis, (group_sizes, positions, values, scales))
+        return ScaledArray(values, scales, ROW_BLOCKS), group_sizes, positions
 
 
 def unpermute(
@@ -121,16 +123,24 @@ def unpermute(
     weights = _checked("unpermute: weights", weights, positions.shape, jnp.float32)
 
     with jax.named_scope("fp8_unpermute"):
-        operands = match_varying(y[None], positions[None], weights[None])
+        operands = match_varying(*map(_with_batch_axis, (y, positions, weights)))
         (out,) = bind_or_reference(unpermute_p, reference_moe.unpermute, *operands,
                                    implementation=implementation)
-        return out[0]
+        return _without_batch_axis(out)
 
 
 def _check_implementation(function, implementation):
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+
+
+def _with_batch_axis(x):
+    return x.reshape(1, *x.shape)
+
+
+def _without_batch_axis(x):
+    return x.reshape(x.shape[1:])
 
 
 def _checked(name, x, shape, *dtypes):

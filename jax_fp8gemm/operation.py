@@ -113,8 +113,11 @@ def bind_or_reference(primitive, reference, *operands, implementation, **params)
 def fold_into_batch(primitive, axis, operands, dims, params):
     """The batch rule of a primitive all of whose operands and results have a batch axis first.
 
-    The mapped axis goes into it, for one launch; an operand that is not mapped is repeated.
+    The mapped axis goes into it, for one launch; an operand that is not mapped is repeated, unless none is.
     """
+    if all(dim is None for dim in dims):
+        results = primitive.bind(*operands, **params)
+        return results, [None] * len(results)
     fronts = [batching.bdim_at_front(x, dim, axis.size, axis.explicit_mesh_axis)
               for x, dim in zip(operands, dims, strict=True)]
     batch = fronts[0].shape[1]

@@ -172,10 +172,10 @@ def quantize_transposed(
         raise ValueError(
             f"quantize_transposed: group_sizes: expected one axis, got shape {group_sizes.shape}")
     with jax.named_scope("fp8_quantize_transposed"):
-        operands = match_varying(x[None], jnp.asarray(group_sizes)[None])
+        operands = match_varying(_with_one_batch_axis(x), jnp.asarray(group_sizes).reshape(1, -1))
         values, scales = bind_or_reference(quantize_transposed_p, reference_moe.quantize_transposed,
                                            *operands, dtype=dtype, implementation=implementation)
-        return ScaledArray(values[0], scales[0], ROW_BLOCKS)
+        return _with_leading_axes(x, values, scales, ROW_BLOCKS)
 
 
 def _check(function, x, dtype, implementation):

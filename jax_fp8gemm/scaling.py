@@ -144,7 +144,7 @@ def ragged_k_size(num_tokens: int, num_groups: int) -> int:
     """
     if num_groups == 0:
         return 0
-    in_part = (SCALE_BLOCK - 1) * min(num_tokens, num_groups)  # of a block, at most
+    in_part = (SCALE_BLOCK - 1) * min(num_groups, num_tokens)  # of a block, at most
     return (num_tokens + in_part) // SCALE_BLOCK * SCALE_BLOCK
 
 
