@@ -174,6 +174,42 @@ class QuantizeWorkload:
         return (5 if self.swiglu else 3) * self.rows * self.columns + 4 * scales
 
 
+@dataclasses.dataclass(frozen=True)
+class MoeWorkload:
+    """One of the operations around the grouped GEMMs, on bf16 and e4m3.
+
+    Attributes:
+      operation: "permute", "unpermute" or "transpose".
+      tokens, columns: of the operation's bf16 side.
+      groups: experts, or with "transpose" groups.
+      top_k: experts of a token; 1 with "transpose".
+    """
+
+    operation: str
+    tokens: int
+    columns: int
+    groups: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        top_k = "" if self.operation == "transpose" else f"top {self.top_k} of "
+        return f"{self.operation} {self.tokens}x{self.columns}, {top_k}{self.groups}"
+
+    @property
+    def bytes(self) -> int:
+        """bf16, e4m3, f32 scales and int32 indices, read once or written once.
+
+        Of the columns that "transpose" makes, only as many count as there are tokens.
+        """
+        slots, blocks = self.tokens * self.top_k, -(-self.columns // 128)
+        if self.operation == "unpermute":
+            return 2 * self.columns * (slots + self.tokens) + 8 * slots
+        if self.operation == "permute":
+            return 2 * self.tokens * self.columns + slots * (self.columns + 4 * blocks + 8)
+        return 3 * self.tokens * self.columns + 4 * -(-self.tokens // 128) * self.columns
+
+
 TAGS = {
     "decode": "a few tokens: bound by reading the weights",
     "batch": "64 or 128 tokens: still bound by the weights, with arithmetic to hide",
@@ -273,6 +309,16 @@ QUANTIZE_WORKLOADS: tuple[QuantizeWorkload, ...] = (
     *(QuantizeWorkload(n, k, (128, 128)) for n, k in ((4096, 7168), (7168, 2048), (7168, 16384))),
     *(QuantizeWorkload(m, f, swiglu=True) for m, f in ((64, 2048), (4096, 18432))),
     *(QuantizeWorkload(m, 2048, swiglu=True) for m in (8192, 32768)),
+)
+
+_MOE_TOKENS = (64, 4096, 8192, 32768)
+MOE_WORKLOADS: tuple[MoeWorkload, ...] = (
+    *(MoeWorkload("permute", t, k, 256, 8) for t in _MOE_TOKENS for k in (2048, 7168)),
+    MoeWorkload("permute", 131072, 128, 256, 8),
+    MoeWorkload("permute", 8192, 7168, 8, 2),
+    *(MoeWorkload("unpermute", t, k, 256, 8) for t in _MOE_TOKENS for k in (2048, 7168)),
+    *(MoeWorkload("transpose", t, n, 8, 1) for t in (4096, 8192, 32768) for n in (2048, 4096, 7168)),
+    *(MoeWorkload("transpose", 32768, 7168, g, 1) for g in (1, 32, 256)),
 )
 
 
