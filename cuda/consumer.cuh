@@ -29,14 +29,15 @@ struct ThreadPlace {
 __device__ __forceinline__ void compute_from_here(float& value) { asm volatile("" : "+f"(value)); }
 
 // scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns,
-// column 0, 1.
+// column 0, 1. kFirstColumns of a warpgroup's columns belong to the first 128-block of rhs that it touches.
 //
 // Scales are read before the products are issued (`load`), as issuing blocks while the tensor core is busy,
 // and multiplied after (`prepare`), lest the products wait for them.
 //
 // Both sides per row: a product for each element. A thread would need a register for each of its columns, and
 // so reads them where they are multiplied (`kReadLate`), and gives its stage back only then.
-template <class Config, bool kRhsPerRow = Tile<Config>::kRhsPerRow, bool kSwapAB = Config::kSwapAB>
+template <class Config, int kFirstColumns, bool kRhsPerRow = Tile<Config>::kRhsPerRow,
+          bool kSwapAB = Config::kSwapAB>
 struct Scales {
   using T = Tile<Config>;
   static constexpr bool kReadLate = true;
@@ -63,26 +64,20 @@ struct Scales {
   }
 };
 
-// Tokens in rows, weights in columns: one product per row and 128-block of columns. Where blocks begin is
-// known at compile time only if the tile is aligned to them.
-template <class Config>
-struct Scales<Config, false, false> {
+// Tokens in rows, weights in columns: one product per row and 128-block of columns.
+template <class Config, int kFirstColumns>
+struct Scales<Config, kFirstColumns, false, false> {
   using T = Tile<Config>;
-  static constexpr int kAlignment = gcd(gcd(Config::kBlockN, T::kWarpgroupQ), kScaleBlock);
-  static constexpr int kBlocks = ceil_div(kScaleBlock - kAlignment + T::kWarpgroupQ, kScaleBlock);
-  static constexpr bool kAligned = kAlignment == kScaleBlock;
+  static constexpr int kBlocks = 1 + ceil_div(max_of(T::kWarpgroupQ - kFirstColumns, 0), kScaleBlock);
   static constexpr bool kReadLate = false;
   static_assert(kBlocks <= 3);
 
   float rows[2], blocks[kBlocks];
   float products[2][kBlocks];
-  int first_columns;  // columns of the warpgroup that belong to its first block
 
   __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int n_start,
                        int warpgroup, int mma) {
-    const int n = n_start + T::warpgroup_q(warpgroup);
-    const int first_block = n / kScaleBlock - n_start / kScaleBlock;
-    first_columns = kScaleBlock - n % kScaleBlock;
+    const int first_block = (n_start + T::warpgroup_q(warpgroup)) / kScaleBlock - n_start / kScaleBlock;
 #pragma unroll
     for (int row = 0; row < 2; ++row) rows[row] = shared.lhs_scale[stage][at.p + mma * kMmaP + row * 8];
 #pragma unroll
@@ -99,18 +94,13 @@ struct Scales<Config, false, false> {
   }
 
   __device__ float operator()(int row, int j, int) const {
-    const float (&scales)[kBlocks] = products[row];
-    if constexpr (kBlocks == 1) return scales[0];
-    if constexpr (kAligned) return scales[j * 8 / kScaleBlock];
-    float scale = j * 8 < first_columns ? scales[0] : scales[1];
-    if constexpr (kBlocks == 3) scale = j * 8 < first_columns + kScaleBlock ? scale : scales[2];
-    return scale;
+    return products[row][j * 8 < kFirstColumns ? 0 : 1 + (j * 8 - kFirstColumns) / kScaleBlock];
   }
 };
 
 // Weights in rows, tokens in columns: 64 rows lie within one 128-block.
-template <class Config>
-struct Scales<Config, false, true> {
+template <class Config, int kFirstColumns>
+struct Scales<Config, kFirstColumns, false, true> {
   using T = Tile<Config>;
   static constexpr bool kReadLate = false;
   static_assert(Config::kBlockN % kMmaP == 0);
@@ -139,10 +129,10 @@ template <class Config>
 using Accumulators = Fragment<Config>[Tile<Config>::kNumMmaP];
 
 // The product of 64 rows of P with a warpgroup's columns of Q over one block of K, and its scales.
-template <class Config>
+template <class Config, int kFirstColumns>
 struct Partial {
   Fragment<Config> fragment;
-  Scales<Config> scales;
+  Scales<Config, kFirstColumns> scales;
 };
 
 // The sum over this CTA's part of K of one tile, for one warpgroup.
@@ -151,9 +141,10 @@ struct Partial {
 // promoted while the tensor core works on those after it. (Products in flight from one iteration of the loop
 // to the next would fill the gap between batches too, but then ptxas no longer sees which have finished and
 // waits after every instruction.)
-template <class Config>
+template <class Config, int kFirstColumns>
 struct Mainloop {
   using T = Tile<Config>;
+  using Partial = Partial<Config, kFirstColumns>;
   static constexpr int kPartials = Config::kPartials;
   static constexpr bool kPipelined = kPartials > 1;
   static constexpr int kBatch = kPipelined ? kPartials / T::kNumMmaP : 1;  // blocks of K in flight
@@ -191,7 +182,7 @@ struct Mainloop {
         q(q_tile(pipeline.shared) + T::warpgroup_q(warpgroup) * kBlockK) {}
 
   // Starts the product of the i-th 64 rows of P.
-  __device__ void start(Partial<Config>& partial, int i) {
+  __device__ void start(Partial& partial, int i) {
     if (i == 0) ahead.wait_full();
     partial.scales.load(ahead.shared, ahead.stage, at, n_start, warpgroup, i);
     ptx::wgmma_fence();
@@ -209,8 +200,8 @@ struct Mainloop {
 
   // Waits for a product, all but the `kPending` started after it, and adds it with its scales.
   template <int kPending>
-  __device__ void finish(Partial<Config>& partial, int i) {
-    constexpr bool kReadLate = Scales<Config>::kReadLate;
+  __device__ void finish(Partial& partial, int i) {
+    constexpr bool kReadLate = Scales<Config, kFirstColumns>::kReadLate;
     const bool is_last = i == T::kNumMmaP - 1;
     ptx::wgmma_wait<kPending>(partial.fragment);
     if (is_last && !kReadLate) behind.release();
@@ -234,7 +225,7 @@ struct Mainloop {
     // One product at a time: everything, or the blocks that are no whole batch.
     const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
     // Its one Partial keeps the compiler from starting the next product before this one is promoted.
-    Partial<Config> partial;
+    Partial partial;
     for (int k = 0; k < singles; ++k)
       unrolled<T::kNumMmaP>([&](auto i) {
         start(partial, i);
@@ -242,7 +233,7 @@ struct Mainloop {
       });
     if constexpr (kPipelined)
       for (int k = singles; k < num_k_blocks; k += kBatch) {
-        Partial<Config> partials[kPartials];
+        Partial partials[kPartials];
         unrolled<kPartials>([&](auto s) { start(partials[s], s % T::kNumMmaP); });
         unrolled<kPartials>([&](auto s) { finish<kPartials - 1 - s>(partials[s], s % T::kNumMmaP); });
       }
@@ -258,6 +249,26 @@ __device__ void pass_tile(Pipeline<Config>& pipeline, int num_k_blocks) {
   }
 }
 
+// Calls f(Index<kFirstColumns>) for where the warpgroup's columns, from n on, lie among the 128-blocks of
+// rhs: a loop for each place, as choosing a scale for each column in one that fits all would take as long as
+// the promotion itself.
+template <class Config, class Function>
+__device__ void with_first_columns(int n, Function&& f) {
+  using T = Tile<Config>;
+  constexpr int kStep = gcd(gcd(Config::kBlockN, T::kWarpgroupQ), kScaleBlock);
+  constexpr int kMost = min_of(kScaleBlock, T::kWarpgroupQ);
+  if constexpr (T::kRhsPerRow || T::kSwapAB || kStep == kMost) {
+    f(Index<kMost>{});
+  } else {
+    // Broadcast, so that the compiler takes all lanes to go the same way.
+    const int first_columns = __shfl_sync(0xffffffff, min(kScaleBlock - n % kScaleBlock, kMost), 0);
+    unrolled<kMost / kStep>([&](auto i) {
+      constexpr int kFirstColumns = (i + 1) * kStep;
+      if (first_columns == kFirstColumns) f(Index<kFirstColumns>{});
+    });
+  }
+}
+
 template <class Config>
 __device__ void accumulate_tile(Accumulators<Config>& accumulators, Pipeline<Config>& pipeline,
                                 const WorkTile& tile, int warpgroup) {
@@ -265,7 +276,9 @@ __device__ void accumulate_tile(Accumulators<Config>& accumulators, Pipeline<Con
   const int num_k_blocks = max(tile.k_end - tile.k_begin, 0);
   if constexpr (T::kEndsAnywhere && !T::kSwapAB && T::kSplitP && Config::kNumConsumers > 1)
     if (tile.m_start + T::warpgroup_p(warpgroup) >= tile.m_end) return pass_tile(pipeline, num_k_blocks);
-  Mainloop<Config>(accumulators, pipeline, warpgroup, tile.n_start).run(num_k_blocks);
+  with_first_columns<Config>(tile.n_start + T::warpgroup_q(warpgroup), [&](auto first_columns) {
+    Mainloop<Config, first_columns>(accumulators, pipeline, warpgroup, tile.n_start).run(num_k_blocks);
+  });
 }
 
 }  // namespace fp8gemm

@@ -107,13 +107,6 @@ def test_split_k_takes_another_wave_where_clusters_do_not_fit():
     assert over.start - fitting.start == pytest.approx(START)
 
 
-def test_cost_sees_scales_that_columns_choose():
-    """Tiles of 112 columns choose between blocks of rhs, of 128 they do not."""
-    problem = GemmProblem(4096, 128 * 112, 7168)
-    aligned, unaligned = (cost(problem, GemmConfig(128, q, 5), H200) for q in (128, 112))
-    assert unaligned.issue / 112 > 1.3 * aligned.issue / 128
-
-
 @pytest.mark.parametrize(("problem", "winner"), [
     (GemmProblem(64, 2112, 7168), GemmConfig(64, 32, 14, 1, split_k=2, raster_group=1, partials=4)),
     (GemmProblem(1, 7168, 16384), GemmConfig(8, 64, 14, 1, swap_ab=True, raster_group=1, partials=4)),

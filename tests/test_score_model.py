@@ -25,7 +25,7 @@ LARGE, SMALL = GemmConfig(256, 128, 4, cluster_n=2, out_buffers=1), GemmConfig(6
 def scores():
     device, times = score_model.read(ROOT / "benchmarks" / "results" / "2026-11-21-sweep-h200.json.gz")
     assert device == H200
-    assert len(times) == 103
+    assert len(times) == 132
     return [score_model.score(problem, configs, device) for problem, configs in times.items()]
 
 

@@ -17,6 +17,7 @@ struct alignas(64) TensorMap {
 
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr __host__ __device__ int min_of(int a, int b) { return a < b ? a : b; }
+constexpr __host__ __device__ int max_of(int a, int b) { return a > b ? a : b; }
 constexpr __host__ __device__ int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 
 template <int kValue>

@@ -23,7 +23,7 @@ import dataclasses
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, out_chunk, rhs_blocks, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, out_chunk, warpgroup_tile
 
 MMA_K = 32  # K of one wgmma
 
@@ -37,7 +37,7 @@ CLUSTER = 0.5e-6  # more for CTAs in clusters: launched together, they end toget
 OVERLAP = 4  # exponent of the norm
 BARRIER_CYCLES = 95  # of a chain: waits for the stage and for the products, which start empty
 ISSUE_CYCLES = 105  # of a consumer and K block: barriers, scales, descriptors
-COLUMN_SCALE_CYCLES = 3.7  # to pick or multiply a column's scale, the disturbed row of FMAs included
+COLUMN_SCALE_CYCLES = 3.7  # to multiply a column's scale, the disturbed row of FMAs included
 PORT_BYTES = 80  # per cycle
 FILL_CYCLES = 6  # per row of zeros
 EXCHANGE_BYTES = 9  # per cycle: a CTA's sums to shared memory, to other CTAs, and added up there
@@ -155,8 +155,7 @@ def _promotion(problem: GemmProblem, config: GemmConfig) -> float:
     sums = q // 2
     if problem.rhs_scale_rows == 1:  # each sum has its own product of scales
         return 2 * sums + q // 4 * COLUMN_SCALE_CYCLES
-    choices = 1 if config.swap_ab else rhs_blocks(config) - 1
-    return sums + choices * (q // 4) * COLUMN_SCALE_CYCLES
+    return sums + config.swap_ab * (q // 4) * COLUMN_SCALE_CYCLES
 
 
 def _l2_step(config: GemmConfig, device: Device, active: int) -> float:

@@ -54,18 +54,6 @@ def expected_tiles(problem: GemmProblem, config: GemmConfig) -> float:
     return problem.batch * problem.groups * tiles_m * config.cluster_m * tiles_n
 
 
-def rhs_blocks(config: GemmConfig) -> int:
-    """Between how many 128-blocks of rhs the columns of a warpgroup choose their scales.
-
-    1 where the compiler knows the choice: `Scales` in cuda/consumer.cuh.
-    """
-    _, q = warpgroup_tile(config)
-    alignment = math.gcd(config.block_n, q, SCALE_BLOCK)
-    if alignment == SCALE_BLOCK:
-        return 1
-    return ceil_div(SCALE_BLOCK - alignment + q, SCALE_BLOCK)
-
-
 def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
     """Rows of the output and bytes of each that one TMA store writes."""
     _, q = warpgroup_tile(config)
