@@ -20,6 +20,7 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard jax_fp8gemm/ffi/*.cc jax
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/feed_forward.py
+	$(BIN)/python examples/moe_layer.py
 
 # Test processes share a GPU: none of them may take all of its memory.
 test: $(INSTALLED)

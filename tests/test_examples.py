@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-def test_feed_forward_prints_a_small_error():
+@pytest.mark.parametrize("script", ["feed_forward.py", "moe_layer.py"])
+def test_an_example_prints_a_small_error(script):
     result = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / "feed_forward.py"], capture_output=True, check=True,
-        text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES.parent)})
+        [sys.executable, "-W", "error", EXAMPLES / script], capture_output=True, check=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES.parent)})
     errors = [float(percent) for percent in re.findall(r"^ +\d+ +([\d.]+)%$", result.stdout, re.MULTILINE)]
     assert len(errors) == 2
     assert all(1 < error < 10 for error in errors)
