@@ -222,21 +222,41 @@ struct Mainloop {
 #pragma unroll
       for (int e = 0; e < T::kFragment; ++e) accumulators[i][e] = 0;
 
-    // One product at a time: everything, or the blocks that are no whole batch.
-    const int singles = kPipelined ? num_k_blocks % kBatch : num_k_blocks;
-    // Its one Partial keeps the compiler from starting the next product before this one is promoted.
-    Partial partial;
-    for (int k = 0; k < singles; ++k)
-      unrolled<T::kNumMmaP>([&](auto i) {
-        start(partial, i);
-        finish<0>(partial, i);
-      });
+    if constexpr (kRounds) {
+      for (int k = 0; k < num_k_blocks; k += kStages)
+        unrolled<kStages>([&](auto stage) { one_by_one(stage); });
+      return;
+    }
+    int k = 0;
+    // Everything, or the blocks that are no whole batch.
+    for (; k < (kPipelined ? num_k_blocks % kBatch : num_k_blocks); ++k) one_by_one(ahead.stage);
     if constexpr (kPipelined)
-      for (int k = singles; k < num_k_blocks; k += kBatch) {
+      for (; k < num_k_blocks; k += kBatch) {
         Partial partials[kPartials];
         unrolled<kPartials>([&](auto s) { start(partials[s], s % T::kNumMmaP); });
         unrolled<kPartials>([&](auto s) { finish<kPartials - 1 - s>(partials[s], s % T::kNumMmaP); });
       }
+  }
+
+ private:
+  // A copy of the loop's body for each stage of the ring, where K is a number of rounds: it knows its
+  // addresses and has a fifth fewer instructions. Not where addresses that the compiler then keeps at hand
+  // take registers that it does not have, and not for a single round, which would be no loop: products and
+  // epilogue would mix.
+  static constexpr int kStages = Config::kNumStages;
+  static constexpr bool kRounds = Config::kKind != Kind::kRaggedK && Config::kSplitK == 1 && !kPipelined &&
+                                  T::kNumMmaP == 1 && T::kOneScale && T::kNumKBlocks % kStages == 0 &&
+                                  T::kNumKBlocks > kStages;
+
+  // One block of K, product by product. Its one Partial keeps the compiler from starting the next product
+  // before this one is promoted.
+  __device__ __forceinline__ void one_by_one(u32 stage) {
+    ahead.stage = behind.stage = stage;
+    Partial partial;
+    unrolled<T::kNumMmaP>([&](auto i) {
+      start(partial, i);
+      finish<0>(partial, i);
+    });
   }
 };
 
@@ -255,9 +275,8 @@ __device__ void pass_tile(Pipeline<Config>& pipeline, int num_k_blocks) {
 template <class Config, class Function>
 __device__ void with_first_columns(int n, Function&& f) {
   using T = Tile<Config>;
-  constexpr int kStep = gcd(gcd(Config::kBlockN, T::kWarpgroupQ), kScaleBlock);
-  constexpr int kMost = min_of(kScaleBlock, T::kWarpgroupQ);
-  if constexpr (T::kRhsPerRow || T::kSwapAB || kStep == kMost) {
+  constexpr int kStep = T::kPlaceStep, kMost = T::kMostFirstColumns;
+  if constexpr (T::kOnePlace) {
     f(Index<kMost>{});
   } else {
     // Broadcast, so that the compiler takes all lanes to go the same way.

@@ -1,9 +1,8 @@
-// Tokens to the rows of their experts, quantised on the way, and rows back to tokens, weighted and summed.
-// Bound by memory: half a warp works on a token's 128 columns, or on several times as many, and loads all of
+// Tokens to the rows of their experts, quantised on the way. Bound by memory: half a warp works on a token's 128 columns, or on several times as many, and loads all of
 // them before it uses any.
 //
 //   Config::Input          Bf16, F16 or F32
-//   Config::Float8         E4M3 or E5M2 (permute)
+//   Config::Float8         E4M3 or E5M2
 //   Config::kThreads       of a CTA
 //   Config::kThreadBlocks  neighbouring 128-blocks of a token that half a warp takes
 //   Config::kTopK          rows of a token
@@ -134,56 +133,6 @@ __device__ void permute(const void* x, const int* positions, const int* num_rows
     rows[i] = blocks.exists() && slot < Config::kTopK && row >= valid_rows ? row : kNoRow;
   }
   write(QuantizedToken<Config>());
-}
-
-template <class Config>
-__device__ __forceinline__ void store_bf16(const float (&x)[kLaneColumns], u16* row, u32 column,
-                                           u32 columns) {
-  u32 pairs[kLaneColumns / 2];
-#pragma unroll
-  for (int i = 0; i < kLaneColumns / 2; ++i) pairs[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
-  if constexpr (Config::kVector) {
-    ptx::store_16(row + column, {pairs[0], pairs[1], pairs[2], pairs[3]});
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i)
-      if (column + i * kBlockLanes < columns) row[column + i * kBlockLanes] = pairs[i / 2] >> i % 2 * 16;
-  }
-}
-
-// y [batch][rows][columns], positions and weights [batch][tokens][kTopK] -> out [batch][tokens][columns], the
-// sums over the slots, in order; a position that is no row adds nothing.
-template <class Config>
-__device__ void unpermute(const void* y, const int* positions, const float* weights, void* out, u32 tokens,
-                          u32 rows, u32 columns) {
-  constexpr u32 kStrip = 8;  // slots whose loads overlap
-  const TokenBlocks<Config> blocks(tokens, columns);
-  const u32 column = blocks.column(0);
-  const auto* first_row = static_cast<const u16*>(y) + static_cast<i64>(blocks.batch) * rows * columns;
-  float sums[kLaneColumns] = {};
-#pragma unroll
-  for (u32 first_slot = 0; first_slot < Config::kTopK; first_slot += kStrip) {
-    const u32 position = blocks.load_slot(positions, first_slot, -1);
-    const float weight = blocks.load_slot(weights, first_slot, 0.0f);
-    constexpr u32 kSlots = min_of(Config::kTopK, kStrip);
-    Chunk<Bf16> chunks[kSlots];
-    u32 row[kSlots];
-#pragma unroll
-    for (u32 i = 0; i < kSlots; ++i) {
-      row[i] = __shfl_sync(0xffffffff, position, i, kBlockLanes);
-      if (row[i] < rows && column < columns)
-        load_chunk<Config>(chunks[i], first_row + static_cast<i64>(row[i]) * columns, column, columns);
-    }
-#pragma unroll
-    for (u32 i = 0; i < kSlots; ++i) {
-      const float w = __shfl_sync(0xffffffff, weight, i, kBlockLanes);
-      if (row[i] >= rows) continue;
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) sums[j] = __fmaf_rn(w, chunks[i][j], sums[j]);
-    }
-  }
-  if (blocks.exists() && column < columns)
-    store_bf16<Config>(sums, static_cast<u16*>(out) + blocks.index_of_token() * columns, column, columns);
 }
 
 }  // namespace fp8gemm

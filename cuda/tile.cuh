@@ -61,6 +61,13 @@ struct Tile {
   static constexpr bool kRhsPerRow = Config::kRhsScaleRows == 1;
   static constexpr int kRhsScales = kRhsPerRow ? Config::kBlockN : 4;
 
+  // Where a 128-block of rhs may begin among a warpgroup's columns, and so how many belong to the first one:
+  // multiples of the step.
+  static constexpr int kPlaceStep = gcd(gcd(Config::kBlockN, kWarpgroupQ), kScaleBlock);
+  static constexpr int kMostFirstColumns = min_of(kScaleBlock, kWarpgroupQ);
+  static constexpr bool kOneScale = !kRhsPerRow && !kSwapAB && kPlaceStep == kMostFirstColumns;
+  static constexpr bool kOnePlace = kRhsPerRow || kSwapAB || kOneScale;
+
   // The output travels in chunks of up to 128 bytes a row: 16 rows of a warp, or with swap_ab the tokens of a
   // warpgroup.
   static constexpr int kOutBytes = Config::kOutBytes;

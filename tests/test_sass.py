@@ -98,7 +98,8 @@ def _check_promotion(problem, config, promotions):
 
     Without the yields the kernel is 35 % slower where consumers share the tensor cores
     (docs/notes/dense-gemm.md). The compiler leaves them out where there is one consumer, and alternates less
-    regularly where the scales' products come between the FMAs.
+    regularly where the scales' products come between the FMAs, and in the short loops of split-K, which the
+    tensor cores do not bound.
     """
     p, q = warpgroup_tile(config)
     sums = p // 64 * (q // 2)
@@ -108,7 +109,7 @@ def _check_promotion(problem, config, promotions):
         return
     yields = [promotion.yields for promotion in promotions]
     assert any(yields)
-    if not config.swap_ab and problem.rhs_scale_rows != 1:
+    if not config.swap_ab and problem.rhs_scale_rows != 1 and config.split_k == 1:
         alike = sum(a == b for a, b in itertools.pairwise(yields))
         assert 0.4 <= sum(yields) / len(yields) <= 0.6
         assert alike <= 0.15 * len(yields)

@@ -13,7 +13,7 @@ from jax_fp8gemm.jit.cost import Cost, cost
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.legal import MAX_REGISTERS, consumer_registers, least_stages, rejection
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, shared_bytes, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, in_rounds, num_tiles, shared_bytes, warpgroup_tile
 
 MAX_STAGES = 14
 P_BLOCKS = {64: (1, 2), 128: (2,), 192: (3,), 256: (2,)}  # rows of P: numbers of consumers that suit them
@@ -106,12 +106,16 @@ def ranked(problem: GemmProblem, device: Device) -> list[tuple[GemmConfig, Cost]
 
 def _variants(problem: GemmProblem, config: GemmConfig, base: Cost,
               device: Device) -> Iterator[tuple[GemmConfig, Cost]]:
-    """`config` with other raster groups, where tiles come in waves, and other partials."""
+    """`config` with other raster groups, where tiles come in waves, other partials, and as many stages as go
+    into K without a rest."""
     yield config, base
     raster_groups = RASTER_GROUPS if base.waves > 1 and config.split_k == 1 else (config.raster_group,)
-    for raster_group, partials in itertools.product(raster_groups, PARTIALS[config.num_consumers]):
-        variant = _with(config, raster_group=raster_group, partials=partials)
-        if rejection(problem, variant, device) is None:
+    whole = max(n for n in range(1, config.num_stages + 1) if problem.num_k_blocks % n == 0)
+    for raster_group, partials, stages in itertools.product(
+            raster_groups, PARTIALS[config.num_consumers], {config.num_stages, whole}):
+        variant = _with(config, raster_group=raster_group, partials=partials, num_stages=stages)
+        if rejection(problem, variant, device) is None and (
+                stages == config.num_stages or in_rounds(problem, variant)):
             yield variant, cost(problem, variant, device)
 
 

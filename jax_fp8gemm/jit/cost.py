@@ -23,7 +23,7 @@ import dataclasses
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, num_tiles, out_chunk, warpgroup_tile
+from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, in_rounds, num_tiles, out_chunk, warpgroup_tile
 
 MMA_K = 32  # K of one wgmma
 
@@ -37,6 +37,7 @@ CLUSTER = 0.5e-6  # more for CTAs in clusters: launched together, they end toget
 OVERLAP = 4  # exponent of the norm
 BARRIER_CYCLES = 95  # of a chain: waits for the stage and for the products, which start empty
 ISSUE_CYCLES = 105  # of a consumer and K block: barriers, scales, descriptors
+ROUND_CYCLES = 25  # of these, saved where each stage has its own copy of the loop
 COLUMN_SCALE_CYCLES = 3.7  # to multiply a column's scale, the disturbed row of FMAs included
 PORT_BYTES = 80  # per cycle
 FILL_CYCLES = 6  # per row of zeros
@@ -129,7 +130,7 @@ def _sm_steps(problem: GemmProblem, config: GemmConfig, device: Device) -> list[
     cycles = (
         parts * _chain(problem, config, multiply, promote),
         consumers * parts * multiply,
-        consumers * (parts * promote + ISSUE_CYCLES),
+        consumers * (parts * promote + ISSUE_CYCLES - ROUND_CYCLES * in_rounds(problem, config)),
         (config.block_m + config.block_n) * SCALE_BLOCK / PORT_BYTES,
         max(0, config.block_m - problem.m) * FILL_CYCLES,
     )

@@ -10,7 +10,7 @@ import math
 import statistics
 
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.problem import RAGGED_M, SCALE_BLOCK, GemmProblem, ceil_div, round_up
+from jax_fp8gemm.jit.problem import RAGGED_K, RAGGED_M, SCALE_BLOCK, GemmProblem, ceil_div, round_up
 
 MMA_P = 64  # rows of a wgmma's M side
 WARPS = 4  # of a warpgroup
@@ -52,6 +52,16 @@ def expected_tiles(problem: GemmProblem, config: GemmConfig) -> float:
     tiles_m = statistics.mean(math.ceil(max(spread * problem.rows, 1) / tile_m) for spread in GROUP_SPREADS)
     tiles_n = round_up(ceil_div(problem.n, config.block_n), config.cluster_n)
     return problem.batch * problem.groups * tiles_m * config.cluster_m * tiles_n
+
+
+def in_rounds(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether the kernel has a copy of its loop for each stage: `kRounds` in cuda/consumer.cuh."""
+    p, q = warpgroup_tile(config)
+    one_scale = problem.rhs_scale_rows != 1 and not config.swap_ab and (
+        math.gcd(config.block_n, q, SCALE_BLOCK) == min(q, SCALE_BLOCK))
+    rounds, rest = divmod(problem.num_k_blocks, config.num_stages)
+    return (problem.kind != RAGGED_K and config.split_k == config.partials == 1 and p == MMA_P and one_scale
+            and rounds > 1 and rest == 0)
 
 
 def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
