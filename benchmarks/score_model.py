@@ -20,7 +20,6 @@ import pathlib
 import statistics
 
 from jax_fp8gemm.jit.choose import ranked
-from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import cost
 from jax_fp8gemm.jit.device import Device, find_device
@@ -100,7 +99,7 @@ def report(scores: list[Score], limit: int) -> str:
     for each in sorted(scores, key=lambda each: -(each.candidate_ratio or each.choice_ratio))[:limit]:
         config, microseconds = each.candidate or each.choice
         rank = "-" if each.rank is None else each.rank + 1
-        lines += [f"{describe(each.problem)}: {microseconds / each.fastest[1]:.3f}",
+        lines += [f"{each.problem}: {microseconds / each.fastest[1]:.3f}",
                   f"  {microseconds:9.2f} us  {config} (candidate {rank})",
                   f"  {each.fastest[1]:9.2f} us  {each.fastest[0]}"]
     return "\n".join(lines)

@@ -31,7 +31,6 @@ from benchmarks.timing import Call, KernelTimer
 from benchmarks.workloads import GroupedWorkload, Workload
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import choose, ranked
-from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, find_device
 from jax_fp8gemm.jit.plan import plan_gemm
@@ -180,7 +179,7 @@ def sweep(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """Checks and, with a timer, times a problem's candidates; returns the rows, the fastest first."""
-    print(describe(problem), flush=True)
+    print(problem, flush=True)
     buffers, first = Buffers.random(problem, getattr(workload, "group_sizes", ())), None
     for candidate in candidates:
         if candidate.failure is None:
@@ -217,7 +216,7 @@ def print_table(
 ) -> None:
     """The fastest rows, DeepGEMM's among them, and every failure."""
     yard = next((row["median_us"] for row in rows if row["label"] == _YARDSTICK), None)
-    print(f"\n{describe(problem)}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
+    print(f"\n{problem}: us, TFLOPS, speed over {_YARDSTICK}, worst tile, bits")
     for rank, row in enumerate(rows):
         if failure := row.get("failure"):
             print(f"  FAILED  {row['label']}: {failure.splitlines()[0][:160]}")

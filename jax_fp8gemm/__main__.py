@@ -11,10 +11,17 @@ from jax_fp8gemm import diagnose
 from jax_fp8gemm.jit import settings
 from jax_fp8gemm.jit.autotune import autotune
 from jax_fp8gemm.jit.cache import kernel_cache
-from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.device import KNOWN_DEVICES, Device, current_device, find_device
 from jax_fp8gemm.jit.explain import explain
-from jax_fp8gemm.jit.problem import TMA_ALIGNMENT, GemmProblem, ceil_div
+from jax_fp8gemm.jit.problem import (
+    DENSE,
+    KINDS,
+    RAGGED_K,
+    SCALE_BLOCK,
+    TMA_ALIGNMENT,
+    GemmProblem,
+    round_up,
+)
 from jax_fp8gemm.jit.warmup import warmup
 
 SHAPES_HELP = "MxNxK, such as 64x2112x7168, or a file with one of these on each line (# starts a comment)"
@@ -75,10 +82,14 @@ def _environment() -> str:
 
 
 def _add_problem_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--kind", choices=KINDS, default=DENSE, help=f"of GEMM (default: {DENSE})")
+    command.add_argument("--groups", type=int, default=1, help="G, of every kind but dense")
+    command.add_argument("--expected-m", type=int, metavar="ROWS",
+                         help="of a group of ragged_m (default: M / G) or masked (default: M)")
     command.add_argument("--batch", type=int, default=1, help="GEMMs in one launch")
-    command.add_argument("--out-dtype", choices=("bf16", "f32"), default="bf16")
-    command.add_argument("--rhs-scale-rows", type=int, choices=(1, 128), default=128,
-                         help="rows of rhs with one scale")
+    command.add_argument("--out-dtype", choices=("bf16", "f32"), help="default: bf16; f32 for ragged_k")
+    command.add_argument("--rhs-scale-rows", type=int, choices=(1, SCALE_BLOCK),
+                         help="rows of rhs with one scale; default: 128; 1 for ragged_k")
     command.add_argument("--accumulate", action="store_true", help="add to the output (f32)")
     command.add_argument("--batch-invariant", action="store_true", help="forbid split-K")
 
@@ -90,10 +101,12 @@ def _add_device_options(command: argparse.ArgumentParser) -> None:
 
 
 def _problem(options: argparse.Namespace, m: int, n: int, k: int) -> GemmProblem:
-    """K is rounded up as the lowering pads it."""
+    """K is rounded up as the lowering pads it; the defaults are those of a kind's function in `gemm.py`."""
+    out_dtype, rhs_scale_rows = ("f32", 1) if options.kind == RAGGED_K else ("bf16", SCALE_BLOCK)
     return GemmProblem(
-        m, n, ceil_div(k, TMA_ALIGNMENT) * TMA_ALIGNMENT, options.batch, out_dtype=options.out_dtype,
-        rhs_scale_rows=options.rhs_scale_rows, accumulate=options.accumulate,
+        m, n, round_up(k, TMA_ALIGNMENT), options.batch, kind=options.kind, groups=options.groups,
+        expected_m=options.expected_m, out_dtype=options.out_dtype or out_dtype,
+        rhs_scale_rows=options.rhs_scale_rows or rhs_scale_rows, accumulate=options.accumulate,
         batch_invariant=options.batch_invariant)
 
 
@@ -143,7 +156,7 @@ def _warmup(options: argparse.Namespace) -> int:
 def _autotune(options: argparse.Namespace) -> int:
     winners, path = autotune(_problems(options), num_candidates=options.candidates, num_rounds=options.rounds)
     for entry in winners:
-        print(f"{describe(entry.problem)}: {entry.microseconds:.2f} us  {entry.config}")
+        print(f"{entry.problem}: {entry.microseconds:.2f} us  {entry.config}")
     print(f"added to {path}")
     return 0
 

@@ -126,26 +126,49 @@ PLAN = LaunchPlan(b"cubin", "fp8_gemm", (1, 1, 1), (1, 1, 1), 384, 1024, ())
     GemmProblem(7, 256, 512),
     GemmProblem(7, 256, 512, batch=3, rhs_batched=False, rhs_scale_rows=1, out_dtype="f32"),
     GemmProblem(7, 256, 512, batch=2, lhs_batched=False, accumulate=True, out_dtype="f32", lhs_dtype="e5m2"),
-], ids=["dense", "batched", "accumulating"])
+    GemmProblem(40, 256, 512, kind="ragged_m", groups=3, batch=2, rhs_batched=False),
+    GemmProblem(40, 256, 512, kind="masked", groups=3, expected_m=9, rhs_scale_rows=1),
+    GemmProblem(40, 256, 1024, kind="ragged_k", groups=3, rhs_scale_rows=1, out_dtype="f32", accumulate=True),
+], ids=["dense", "batched", "accumulating", "ragged_m", "masked", "ragged_k"])
 def test_the_timed_program_is_the_kernels_and_nothing_else(problem):
     operands = [timer.random_operands(problem, seed) for seed in range(3)]
-    accumulator = (jnp.ones((problem.batch, problem.m, problem.n)),) * problem.accumulate
+    accumulator = (jnp.ones(problem.out_shape),) * problem.accumulate
     lowered = timer.chain(problem, PLAN).trace(operands, accumulator).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count(f"custom_call @{ffi.TARGET}") == 3
     work = [line for line in text.splitlines() if "stablehlo." in line and "custom_call" not in line]
     assert work
     assert all("stablehlo.transpose" in line for line in work), "XLA turns these into layouts"
-    for lhs, lhs_scale, rhs, rhs_scale in operands:
-        lhs_batch, rhs_batch = (problem.batch if b else 1 for b in (problem.lhs_batched, problem.rhs_batched))
-        assert lhs.shape == (lhs_batch, 7, 512)
-        assert lhs_scale.shape == (lhs_batch, 4, 7)
-        assert rhs.shape == (rhs_batch, 256, 512)
-        assert rhs_scale.shape == ((rhs_batch, 4, 256) if problem.rhs_scale_rows == 1 else (rhs_batch, 2, 4))
-        values = lhs.astype(jnp.float32)
-        assert bool(jnp.isfinite(values).all())
-        assert jnp.unique(values).size > 40
+    call = next(line for line in text.splitlines() if f"custom_call @{ffi.TARGET}" in line)
+    signature = call.split(" : (")[-1]
+    assert signature.count("tensor<") == 4 + problem.is_grouped + problem.accumulate + 1
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for arrays in operands for x in arrays)
+    assert jnp.unique(operands[0][0].astype(jnp.float32)).size > 40
     assert not jnp.array_equal(operands[0][0], operands[1][0])
+
+
+@pytest.mark.parametrize(("problem", "shapes", "size"), [
+    (GemmProblem(7, 256, 512), [(1, 7, 512), (1, 4, 7), (1, 256, 512), (1, 2, 4)], None),
+    (GemmProblem(7, 256, 512, batch=3, rhs_batched=False, rhs_scale_rows=1),
+     [(3, 7, 512), (3, 4, 7), (1, 256, 512), (1, 4, 256)], None),
+    (GemmProblem(40, 256, 512, kind="ragged_m", groups=3, batch=2, rhs_batched=False),
+     [(2, 40, 512), (2, 4, 40), (1, 3, 256, 512), (1, 3, 2, 4), (2, 3)], 14),
+    (GemmProblem(40, 256, 512, kind="masked", groups=3, expected_m=9, rhs_scale_rows=1),
+     [(1, 3, 40, 512), (1, 3, 4, 40), (1, 3, 256, 512), (1, 3, 4, 256), (1, 3)], 9),
+    (GemmProblem(40, 256, 1024, kind="ragged_k", groups=3, rhs_scale_rows=1),
+     [(1, 40, 1024), (1, 8, 40), (1, 256, 1024), (1, 8, 256), (1, 3)], 384),
+], ids=["dense", "batched", "ragged_m", "masked", "ragged_k"])
+def test_operands_are_those_of_the_call_and_groups_have_their_expected_tokens(problem, shapes, size):
+    operands = timer.random_operands(problem, 0)
+    assert [x.shape for x in operands] == shapes
+    if problem.is_grouped:
+        assert operands[4].dtype == jnp.int32
+        assert jnp.unique(operands[4]).tolist() == [size]
+
+
+def test_masked_rows_that_nobody_reads_make_no_chain_cold():
+    few = GemmProblem(4096, 256, 512, kind="masked", groups=4, expected_m=8)
+    assert timer._num_calls(few) == 64, "weights of 0.5 MB"
 
 
 @pytest.mark.parametrize("problem", [GemmProblem(1, 128, 128), GemmProblem(64, 2112, 7168),

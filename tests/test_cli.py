@@ -3,11 +3,14 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jax_fp8gemm import __main__ as cli
-from jax_fp8gemm import diagnose
+from jax_fp8gemm import diagnose, fp8_gemm_masked, quantize
 from jax_fp8gemm.jit import settings, toolchain, tuned
 from jax_fp8gemm.jit.cache import cache_key, kernel_cache
 from jax_fp8gemm.jit.config import GemmConfig
@@ -48,9 +51,32 @@ def test_explain(capsys):
     assert "split-K" not in out.split("rejected")[0]
 
 
+@pytest.mark.parametrize(("arguments", "title"), [
+    ((32768, 4096, 7168, "--kind", "ragged_m", "--groups", 8), "ragged_m 8 x ~4096x4096x7168 bf16"),
+    ((8192, 4096, 7168, "--kind", "ragged_m", "--groups", 64, "--expected-m", 20),
+     "ragged_m 64 x ~20x4096x7168 bf16"),
+    ((1024, 4096, 7168, "--kind", "masked", "--groups", 32, "--expected-m", 20, "--batch", 2),
+     "2 x masked 32 x ~20x4096x7168 bf16"),
+    ((4096, 7168, 32760, "--kind", "ragged_k", "--groups", 8, "--accumulate"),
+     "ragged_k 8 x 4096x7168x~4096 f32 accumulate"),
+    ((4096, 7168, 32768, "--kind", "ragged_k", "--groups", 8, "--out-dtype", "bf16"),
+     "ragged_k 8 x 4096x7168x~4096 bf16"),
+])
+def test_explain_groups(capsys, arguments, title):
+    status, out, _ = run(capsys, "explain", *arguments, "--rows", 1)
+    assert status == 0
+    assert out.startswith(f"{title} on NVIDIA H200, 132 SMs\n")
+    assert "winner, by the" in out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("explain", 0, 8, 128), "GemmProblem.m: expected a whole number of at least 1, got 0"),
     (("explain", 8, 8, 128, "--accumulate"), "GemmProblem.accumulate: expected out_dtype 'f32', got 'bf16'"),
+    (("explain", 8, 8, 128, "--groups", 3), "GemmProblem.groups: expected 1 for kind 'dense', got 3"),
+    (("explain", 8, 8, 128, "--kind", "ragged_k", "--expected-m", 3),
+     "GemmProblem.expected_m: expected None for kind 'ragged_k', got 3"),
+    (("explain", 8, 8, 128, "--kind", "ragged_k", "--rhs-scale-rows", 128),
+     "GemmProblem.rhs_scale_rows: expected 1 for kind 'ragged_k', got 128"),
     (("warmup", "64x64"), "shapes: expected MxNxK, such as 64x2112x7168, or a file of these, got '64x64'"),
 ])
 def test_bad_input_is_said_in_one_line(capsys, arguments, message):
@@ -103,8 +129,27 @@ def test_warmup_then_cache_then_clear(capsys, tmp_path):
     assert len(tuned.load(tuned.user_table(H200))) == 1, "measurements stay"
 
 
-def test_autotune(capsys, monkeypatch):
-    entry = tuned.Entry(GemmProblem(16, 256, 512), GemmConfig(64, 64, 4), 3.25)
+def test_warmup_compiles_what_a_grouped_call_asks_for(capsys):
+    status, out, _ = run(capsys, "warmup", "64x256x512", "--kind", "masked", "--groups", 4, "--expected-m", 8)
+    assert status == 0
+    assert out.startswith("1 kernels ready in ")
+    warm = kernel_cache().entries()
+    assert len(warm) == 1
+    x, w = (quantize(jnp.ones((4, rows, 512)), (step, 128)) for rows, step in ((64, 1), (256, 128)))
+    gemm = jax.jit(partial(fp8_gemm_masked, expected_group_size=8))
+    gemm.trace(x, w, jnp.full(4, 8)).lower(lowering_platforms=("cuda",))
+    assert kernel_cache().entries() == warm
+
+
+@pytest.mark.parametrize(("problem", "options"), [
+    (GemmProblem(16, 256, 512), ()),
+    (GemmProblem(64, 256, 512, kind="masked", groups=4, expected_m=8),
+     ("--kind", "masked", "--groups", 4, "--expected-m", 8)),
+    (GemmProblem(64, 256, 512, kind="ragged_k", groups=4, rhs_scale_rows=1, out_dtype="f32"),
+     ("--kind", "ragged_k", "--groups", 4)),
+], ids=["dense", "masked", "ragged_k"])
+def test_autotune(capsys, monkeypatch, problem, options):
+    entry = tuned.Entry(problem, GemmConfig(64, 64, 4), 3.25)
     seen = {}
 
     def fake(problems, **options):
@@ -112,10 +157,11 @@ def test_autotune(capsys, monkeypatch):
         return [entry], "the table"
 
     monkeypatch.setattr(cli, "autotune", fake)
-    status, out, _ = run(capsys, "autotune", "16x256x512", "--candidates", 5, "--rounds", 3)
+    status, out, _ = run(
+        capsys, "autotune", f"{problem.m}x256x512", *options, "--candidates", 5, "--rounds", 3)
     assert status == 0
     assert seen == {"problems": [entry.problem], "num_candidates": 5, "num_rounds": 3}
-    assert out.splitlines() == [f"16x256x512 bf16: 3.25 us  {entry.config}", "added to the table"]
+    assert out.splitlines() == [f"{problem}: 3.25 us  {entry.config}", "added to the table"]
 
 
 NAMES = ["Python", "jax", "jaxlib", "plugin", "driver", "GPU", "compiler", "headers", "FFI module"]

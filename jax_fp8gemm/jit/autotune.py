@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from jax_fp8gemm.jit import settings, tuned
 from jax_fp8gemm.jit.choose import choose, ranked
-from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device, current_device
 from jax_fp8gemm.jit.launch import LaunchPlan
@@ -74,7 +73,7 @@ def _compile(problem: GemmProblem, configs: list[GemmConfig], device: Device,
     cubins = compile_all([(problem, config) for config in configs], progress=progress)
     for config, cubin in zip(configs, cubins, strict=True):
         if isinstance(cubin, Exception):
-            logger.warning("%s left out of the tuning of %s: %s", config, describe(problem), cubin)
+            logger.warning("%s left out of the tuning of %s: %s", config, problem, cubin)
             errors.append(cubin)
         else:
             plans[config] = plan_gemm(problem, config, cubin, device.num_sms)
@@ -88,7 +87,7 @@ def _time(problem: GemmProblem, plans: dict[GemmConfig, LaunchPlan], num_rounds:
     """The median seconds of each configuration."""
     sample = dict(zip(plans, samplers(problem, list(plans.values())), strict=True))
     seconds = {config: [] for config in plans}
-    for _ in tqdm(range(num_rounds), desc=f"timing {describe(problem)}", disable=not progress):
+    for _ in tqdm(range(num_rounds), desc=f"timing {problem}", disable=not progress):
         for config in plans:
             seconds[config].append(sample[config]())
     return {config: statistics.median(values) for config, values in seconds.items()}

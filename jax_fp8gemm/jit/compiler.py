@@ -59,7 +59,7 @@ def build(problem: GemmProblem, config: GemmConfig | None = None, *, num_sms: in
     device = (device or current_device()).limited_to(num_sms or settings.num_sms())
     choice = _choose(problem, config, device)
     if settings.print_config():
-        print(f"jax_fp8gemm: {describe(problem)}: {choice.config} ({choice.source})", file=sys.stderr)
+        print(f"jax_fp8gemm: {problem}: {choice.config} ({choice.source})", file=sys.stderr)
     cubin = compile_kernel(problem, choice.config)
     return plan_gemm(problem, choice.config, cubin, device.num_sms)
 
@@ -74,14 +74,7 @@ def _choose(problem: GemmProblem, config: GemmConfig | None, device: Device) -> 
     return Choice(given, "given")
 
 
-def describe(problem: GemmProblem) -> str:
-    """The problem in a few words: "64x2112x7168 bf16"."""
-    batch = f"{problem.batch} x " if problem.batch > 1 else ""
-    extra = " accumulate" * problem.accumulate + " 1x128 rhs" * (problem.rhs_scale_rows == 1)
-    return f"{batch}{problem.m}x{problem.n}x{problem.k} {problem.out_dtype}{extra}"
-
-
 def compile_kernel(problem: GemmProblem, config: GemmConfig) -> bytes:
     """The cubin of `problem` under `config`, from the cache where it has one."""
     return find_or_compile(gemm_source(problem, config), stem=f"fp8_gemm_{problem.n}x{problem.k}",
-                           description=f"{describe(problem)}: {config}")
+                           description=f"{problem}: {config}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from jax_fp8gemm.jit.choose import candidates, choose, ranked
-from jax_fp8gemm.jit.compiler import describe
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.cost import STEP_PARTS, Cost, cost
 from jax_fp8gemm.jit.device import Device
@@ -27,7 +26,7 @@ def explain(problem: GemmProblem, device: Device, *, num_rows: int = 12) -> str:
     rows = [_row(config, price) for config, price in order[:num_rows]]
     winner = _row(choice.config, cost(problem, choice.config, device))
     return "\n".join([
-        f"{describe(problem)} on {device.name}, {device.num_sms} SMs", "",
+        f"{problem} on {device.name}, {device.num_sms} SMs", "",
         f"{len(order)} legal candidates, by the model's microseconds (the parts overlap):",
         _HEADER, *rows, "",
         *_rejections(problem, device), f"winner, by the {choice.source}:", _HEADER, winner, ""])

@@ -40,7 +40,8 @@ class GemmProblem:
       lhs_batched, rhs_batched: False where the operand has a leading axis of 1, shared by the whole batch.
       kind: one of KINDS.
       groups: G; their sizes are known on the device only.
-      expected_m: rows that a group is expected to have. A hint for choosing a configuration.
+      expected_m: rows that a group of ragged_m or masked is expected to have. A hint for choosing a
+        configuration.
       lhs_dtype, rhs_dtype: "e4m3" or "e5m2".
       out_dtype: "bf16" or "f32".
       rhs_scale_rows: rows of rhs that share a scale: 128 (weights) or 1 (activations). lhs always has 1.
@@ -86,6 +87,9 @@ class GemmProblem:
     def _check_kind(self):
         if self.kind == DENSE and self.groups != 1:
             raise ValueError(f"GemmProblem.groups: expected 1 for kind {DENSE!r}, got {self.groups}")
+        if self.expected_m is not None and not self.ends_anywhere:
+            raise ValueError(f"GemmProblem.expected_m: expected None for kind {self.kind!r}, got "
+                             f"{self.expected_m}")
         if self.kind == RAGGED_K and self.rhs_scale_rows != 1:
             raise ValueError(f"GemmProblem.rhs_scale_rows: expected 1 for kind {RAGGED_K!r}, got "
                              f"{self.rhs_scale_rows}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from jax_fp8gemm.jit.custom_call import DTYPES, gemm_call
 from jax_fp8gemm.jit.launch import LaunchPlan
-from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
+from jax_fp8gemm.jit.problem import GemmProblem
+from jax_fp8gemm.jit.tuned import tokens
 
 CHAIN_BYTES = 400e6  # that the calls of a chain read: several times the 50 MB of a Hopper L2
 MEMORY_BYTES = 4e9  # at most, of large operands
@@ -32,32 +34,34 @@ def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Samp
     return [_sampler(problem, plan, operands) for plan in plans]
 
 
-def _operand_batches(problem: GemmProblem) -> tuple[int, int]:
-    return problem.batch if problem.lhs_batched else 1, problem.batch if problem.rhs_batched else 1
-
-
 def _num_calls(problem: GemmProblem) -> int:
-    lhs_batch, rhs_batch = _operand_batches(problem)
-    size = (lhs_batch * problem.m + rhs_batch * problem.n) * problem.k
-    return int(max(1, min(MEMORY_BYTES // size, max(MIN_CALLS, min(CHAIN_BYTES // size, MAX_CALLS)))))
+    lhs, rhs = math.prod(problem.lhs_shape), math.prod(problem.rhs_shape)
+    # Rows behind a group's own are not read: of masked groups, that may be most of lhs.
+    read = rhs if problem.ends_anywhere else lhs + rhs
+    calls = max(MIN_CALLS, min(CHAIN_BYTES // read, MAX_CALLS))
+    return int(max(1, min(MEMORY_BYTES // (lhs + rhs), calls)))
 
 
 def random_operands(problem: GemmProblem, seed: int) -> list[jax.Array]:
-    """Random, since power depends on the data; scales of single rows come as [B, Kb, rows]."""
-    rng, k_blocks = np.random.default_rng(seed), problem.num_k_blocks
-    lhs_batch, rhs_batch = _operand_batches(problem)
+    """In the order of `gemm_call`. Values are random, since power depends on them; scales of single rows come
+    as [..., Kb, rows]; every group has the tokens that are expected."""
+    rng = np.random.default_rng(seed)
 
-    def values(batch: int, rows: int, dtype: str) -> jax.Array:
+    def values(shape: tuple[int, ...], dtype: str) -> jax.Array:
         key = jax.random.key(rng.integers(2**31))
-        return jax.random.normal(key, (batch, rows, problem.k), jnp.bfloat16).astype(DTYPES[dtype])
+        return jax.random.normal(key, shape, jnp.bfloat16).astype(DTYPES[dtype])
 
-    def scales(*shape: int) -> jax.Array:
+    def scales(shape: tuple[int, ...], rows_fastest: bool) -> jax.Array:
+        *leading, rows, columns = shape
+        shape = (*leading, columns, rows) if rows_fastest else shape
         return jnp.asarray(rng.uniform(0.5, 1.5, shape).astype(np.float32))
 
-    rhs_scale = (scales(rhs_batch, k_blocks, problem.n) if problem.rhs_scale_rows == 1 else
-                 scales(rhs_batch, ceil_div(problem.n, SCALE_BLOCK), k_blocks))
-    return [values(lhs_batch, problem.m, problem.lhs_dtype), scales(lhs_batch, k_blocks, problem.m),
-            values(rhs_batch, problem.n, problem.rhs_dtype), rhs_scale]
+    operands = [values(problem.lhs_shape, problem.lhs_dtype), scales(problem.lhs_scale_shape, True),
+                values(problem.rhs_shape, problem.rhs_dtype),
+                scales(problem.rhs_scale_shape, problem.rhs_scale_rows == 1)]
+    if problem.is_grouped:
+        operands.append(jnp.full((problem.batch, problem.groups), tokens(problem), jnp.int32))
+    return operands
 
 
 def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
@@ -69,9 +73,9 @@ def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
     # The results share one buffer, so that XLA runs the calls one by one.
     call = gemm_call(problem, plan, has_side_effect=True)
 
-    def gemm(lhs, lhs_scale, rhs, rhs_scale, *accumulator):
-        rhs_scale = jnp.swapaxes(rhs_scale, 1, 2) if problem.rhs_scale_rows == 1 else rhs_scale
-        return call(lhs, jnp.swapaxes(lhs_scale, 1, 2), rhs, rhs_scale, *accumulator)
+    def gemm(lhs, lhs_scale, rhs, rhs_scale, *others):
+        rhs_scale = jnp.swapaxes(rhs_scale, -2, -1) if problem.rhs_scale_rows == 1 else rhs_scale
+        return call(lhs, jnp.swapaxes(lhs_scale, -2, -1), rhs, rhs_scale, *others)
 
     def run(operands, accumulator):
         for arrays in operands:
@@ -84,7 +88,7 @@ def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
 
 def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Sampler:
     run = chain(problem, plan)
-    accumulator = (jnp.zeros((problem.batch, problem.m, problem.n), jnp.float32),) * problem.accumulate
+    accumulator = (jnp.zeros(problem.out_shape, jnp.float32),) * problem.accumulate
 
     def sample() -> float:
         nonlocal accumulator
