@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -160,6 +161,7 @@ class QuantizeWorkload:
     columns: int
     granularity: tuple[int, int] = (1, 128)
     swiglu: bool = False
+    has_kernel: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -190,6 +192,10 @@ class MoeWorkload:
     columns: int
     groups: int
     top_k: int
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.operation != "unpermute"
 
     @property
     def name(self) -> str:

@@ -1,5 +1,5 @@
-// Tokens to the rows of their experts, quantised on the way. Bound by memory: half a warp works on a token's 128 columns, or on several times as many, and loads all of
-// them before it uses any.
+// Tokens to the rows of their experts, quantised on the way. Bound by memory: half a warp works on a token's
+// 128 columns, or on several times as many, and loads all of them before it uses any.
 //
 //   Config::Input          Bf16, F16 or F32
 //   Config::Float8         E4M3 or E5M2

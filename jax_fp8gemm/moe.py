@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from jax_fp8gemm import reference_moe
-from jax_fp8gemm.moe_primitives import permute_p, sort_by_expert_p, unpermute_p
+from jax_fp8gemm.moe_primitives import permute_p, sort_by_expert_p
 from jax_fp8gemm.operation import IMPLEMENTATIONS, bind_or_reference, match_varying
 from jax_fp8gemm.scaling import FLOAT8_DTYPES, ROW_BLOCKS, ScaledArray, is_array
 
@@ -64,7 +64,9 @@ def permute(
       ([2, 2, 1], [[2, 0], [4, 3], [1, 6]])
     """
     dtype = jnp.dtype(dtype)
-    _check_implementation("permute", implementation)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"permute: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     x = _checked("permute: x", x, ("T", "K"), *_INPUT_DTYPES)
     expert_ids = _checked("permute: expert_ids", expert_ids, (x.shape[0], "top_k"), jnp.int32)
     if not isinstance(num_experts, numbers.Integral) or num_experts < 0:
@@ -88,8 +90,6 @@ def unpermute(
     y: BFloat16[Array, "M D"],
     positions: Int32[Array, "T top_k"],
     weights: Float32[Array, "T top_k"],
-    *,
-    implementation: str | None = None,
 ) -> BFloat16[Array, "T D"]:
     """Add up the rows of each token, each times its routing weight: what follows the experts' last GEMM.
 
@@ -97,19 +97,18 @@ def unpermute(
     slots, rounded once. A position outside of [0, M) contributes nothing, not even a NaN of its weight; so
     do those of the ids that `permute` dropped.
 
-    On Hopper this is one kernel, also under `vmap`.
+    This is plain jnp on every platform, and XLA makes one kernel of it.
 
     Args:
-      y: [M, D] bfloat16; a D that is a multiple of 8 is fastest.
+      y: [M, D] bfloat16.
       positions: [T, top_k] int32, from `permute`.
       weights: [T, top_k] float32.
-      implementation: as for `permute`. Platforms differ in whether a product is rounded before it is added.
 
     Returns:
-      [T, D] bfloat16.
+      [T, D] bfloat16. Platforms differ in whether a product is rounded before it is added.
 
     Raises:
-      ValueError, NotImplementedError: as `permute`.
+      ValueError: an argument that does not fit: its name, what was expected, what came.
 
     Example:
       >>> y = jnp.array([[1.0], [2.0], [4.0]], jnp.bfloat16)
@@ -117,22 +116,12 @@ def unpermute(
       Array([[2.25],
              [2]], dtype=bfloat16)
     """
-    _check_implementation("unpermute", implementation)
     y = _checked("unpermute: y", y, ("M", "D"), jnp.bfloat16)
     positions = _checked("unpermute: positions", positions, ("T", "top_k"), jnp.int32)
     weights = _checked("unpermute: weights", weights, positions.shape, jnp.float32)
 
     with jax.named_scope("fp8_unpermute"):
-        operands = match_varying(*map(_with_batch_axis, (y, positions, weights)))
-        (out,) = bind_or_reference(unpermute_p, reference_moe.unpermute, *operands,
-                                   implementation=implementation)
-        return _without_batch_axis(out)
-
-
-def _check_implementation(function, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+        return reference_moe.unpermute(y, positions, weights)
 
 
 def _with_batch_axis(x):

@@ -1,4 +1,4 @@
-"""Sorting, permuting and unpermuting as JAX primitives: results, batching and lowering, as table entries.
+"""Sorting and permuting as JAX primitives: results, batching and lowering, as table entries.
 
 Operands are in canonical form: each has a batch axis first, and all vary over the same manual mesh axes
 (`match_varying`).
@@ -11,14 +11,7 @@ import jax.numpy as jnp
 
 from jax_fp8gemm import reference_moe
 from jax_fp8gemm.jit.kernel import kernel_call
-from jax_fp8gemm.jit.moe import (
-    PermuteProblem,
-    SortProblem,
-    UnpermuteProblem,
-    plan_permute,
-    plan_sort,
-    plan_unpermute,
-)
+from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, plan_permute, plan_sort
 from jax_fp8gemm.operation import Operation, fold_into_batch, register
 from jax_fp8gemm.quantize_primitives import DTYPE_NAMES, scaled_call, scaled_results
 from jax_fp8gemm.scaling import ROW_BLOCKS
@@ -74,24 +67,3 @@ def _permute_batch(axis, operands, dims, **params):
 
 permute_p = register(Operation("fp8_permute", _permute_results, _permute_batch, reference_moe.permute,
                                _permute_hopper))
-
-
-# ---- fp8_unpermute: y [B, M, D], positions and weights [B, T, top_k] -> [B, T, D]
-
-
-def _unpermute_results(y, positions, weights):
-    return [((*positions.shape[:2], y.shape[2]), y.dtype)]
-
-
-def _unpermute_hopper(y, positions, weights):
-    problem = UnpermuteProblem(*positions.shape, rows=y.shape[1], columns=y.shape[2])
-    results = [jax.ShapeDtypeStruct(*result) for result in _unpermute_results(y, positions, weights)]
-    return kernel_call(plan_unpermute(problem), results)(y, positions, weights)
-
-
-def _unpermute_batch(axis, operands, dims, **params):
-    return fold_into_batch(unpermute_p, axis, operands, dims, params)
-
-
-unpermute_p = register(Operation("fp8_unpermute", _unpermute_results, _unpermute_batch,
-                                 reference_moe.unpermute, _unpermute_hopper))

@@ -50,21 +50,23 @@ def permute(x, positions, num_rows, *, dtype):
     return [lax.bitcast_convert_type(codes, dtype), scatter(scales, MIN_SCALE)]
 
 
+# There is no kernel for this: a hand-written one moved 88 to 100 % of what a copy does on an H200, and XLA's
+# fusion of these lines 80 to 101 %, as much or more of it with most of the large sizes.
+@jax.jit
 def unpermute(y, positions, weights):
-    """y [B, M, D], positions and weights [B, T, top_k] -> [B, T, D] of y's dtype.
+    """y [M, D], positions and weights [T, top_k] -> [T, D] of y's dtype.
 
-    out[b, t] is the sum over j of weights[b, t, j] * y[b, positions[b, t, j]], in f32, in the order of j,
-    rounded once. A position outside of [0, M) contributes nothing.
+    out[t] is the sum over j of weights[t, j] * y[positions[t, j]], in f32, in the order of j, rounded once. A
+    position outside of [0, M) contributes nothing.
     """
-    def of_slot(y, positions, weights):
-        is_row = (positions >= 0) & (positions < y.shape[0])
-        rows = y.at[jnp.where(is_row, positions, 0)].get(mode="clip").astype(jnp.float32)
-        return jnp.where(is_row[:, None], weights[:, None] * rows, 0)
-
-    out = jnp.zeros((*positions.shape[:2], y.shape[2]), jnp.float32)
-    for slot in range(positions.shape[2] if y.shape[1] else 0):
-        out += jax.vmap(of_slot)(y, positions[..., slot], weights[..., slot])
-    return [out.astype(y.dtype)]
+    (num_rows, columns), (tokens, top_k) = y.shape, positions.shape
+    out = jnp.zeros((tokens, columns), jnp.float32)
+    for slot in range(top_k if num_rows else 0):
+        position, weight = positions[:, slot], weights[:, slot]
+        is_row = (position >= 0) & (position < num_rows)
+        rows = y.at[jnp.where(is_row, position, 0)].get(mode="clip").astype(jnp.float32)
+        out += jnp.where(is_row[:, None], weight[:, None] * rows, 0)
+    return out.astype(y.dtype)
 
 
 def quantize_transposed(x, group_sizes, *, dtype):

@@ -22,7 +22,7 @@ from jax_fp8gemm import (
 from jax_fp8gemm.jit import moe
 from jax_fp8gemm.jit.device import H200
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
-from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, UnpermuteProblem
+from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem
 from jax_fp8gemm.jit.problem import MAX_SIZE
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, plan_quantize_transposed
 from jax_fp8gemm.scaling import SQUARE_BLOCKS
@@ -43,7 +43,7 @@ def planned(monkeypatch):
         problems.append(problem)
         return LaunchPlan(b"\x7fELF", "fp8_moe", (9, 1, 1), (1, 1, 1), 256, 0, (Pointer(0), Pointer(1)))
 
-    for name in ("plan_sort", "plan_permute", "plan_unpermute"):
+    for name in ("plan_sort", "plan_permute"):
         monkeypatch.setattr(moe_primitives, name, plan)
     monkeypatch.setattr(quantize_primitives, "plan_quantize_transposed", plan)
     monkeypatch.setattr(operation, "targets_hopper", lambda: True)
@@ -65,11 +65,9 @@ def test_permute_is_two_calls(planned):
     assert planned == [SortProblem(1, 24, 5), PermuteProblem(1, 12, 300, 2, "bf16", "e5m2")]
 
 
-def test_unpermute_is_one_call(planned):
-    text = lower_for_cuda(unpermute, Y, IDS, WEIGHTS)
-    assert signatures(text) == ["(tensor<1x24x300xbf16>, tensor<1x12x2xi32>, tensor<1x12x2xf32>) "
-                                "-> tensor<1x12x300xbf16>"]
-    assert planned == [UnpermuteProblem(1, 12, 2, 24, 300)]
+def test_unpermute_is_plain_jnp(planned):
+    assert CALL not in lower_for_cuda(unpermute, Y, IDS, WEIGHTS)
+    assert planned == []
 
 
 def test_quantize_transposed_is_one_call(planned):
@@ -86,25 +84,22 @@ def test_vmap_adds_no_calls(planned):
     text = lower_for_cuda(nested(lambda x, ids: permute(x, ids, 5), 0, None), stack(X), IDS)
     assert [s.split(" -> ")[0] for s in signatures(text)] == [
         "(tensor<1x12x2xi32>)", "(tensor<6x12x300xbf16>, tensor<6x12x2xi32>, tensor<6xi32>)"]
-    text = lower_for_cuda(nested(unpermute, 0, 0, None), stack(Y), stack(IDS), WEIGHTS)
-    assert [s.split(" -> ")[0] for s in signatures(text)] == [
-        "(tensor<6x24x300xbf16>, tensor<6x12x2xi32>, tensor<6x12x2xf32>)"]
     text = lower_for_cuda(nested(quantize_transposed, 0, 0), stack(X), stack(SIZES))
     assert [s.split(" -> ")[0] for s in signatures(text)] == ["(tensor<6x12x300xbf16>, tensor<6x3xi32>)"]
 
 
 def test_nothing_but_calls_in_a_layer_and_its_gradient(planned, built):
-    """No copy, no transposition of scales, nothing from the host between permute and unpermute."""
+    """No copy, no transposition of scales, nothing from the host between the kernels."""
     weights = jax.jit(lambda: quantize(jnp.ones((5, 256, 512)), SQUARE_BLOCKS))()
 
-    def layer(x, ids, weights, routing):
+    def layer(x, ids, weights):
         rows, sizes, positions = permute(x, ids, 5)
         y = fp8_gemm_ragged_m(rows, weights, sizes)
-        return unpermute(y, positions, routing), fp8_gemm_ragged_k(
+        return y, positions, fp8_gemm_ragged_k(
             quantize_transposed(y, sizes), quantize_transposed(y, sizes), sizes)
 
-    text = lower_for_cuda(layer, jnp.ones((12, 512), jnp.bfloat16), IDS, weights, WEIGHTS)
-    assert text.count(CALL) == 7
+    text = lower_for_cuda(layer, jnp.ones((12, 512), jnp.bfloat16), IDS, weights)
+    assert text.count(CALL) == 6
     operations = {line.split(" = ")[1].split()[0] for line in text.splitlines() if " = stablehlo." in line}
     assert operations == {"stablehlo.custom_call", "stablehlo.reshape"}
 
@@ -112,8 +107,6 @@ def test_nothing_but_calls_in_a_layer_and_its_gradient(planned, built):
 @pytest.mark.parametrize("call", [
     lambda: lower_for_cuda(lambda x, ids: permute(x, ids, 5), X[:0], IDS[:0]),
     lambda: lower_for_cuda(lambda x, ids: permute(x, ids, 5), X, IDS[:, :0]),
-    lambda: lower_for_cuda(unpermute, Y[:0], IDS, WEIGHTS),
-    lambda: lower_for_cuda(unpermute, Y, IDS[:, :0], WEIGHTS[:, :0]),
     lambda: lower_for_cuda(quantize_transposed, X[:0], SIZES),
     lambda: lower_for_cuda(quantize_transposed, X, SIZES[:0]),
 ])
@@ -125,7 +118,6 @@ def test_empty_arrays_need_no_kernel(planned, call):
 def test_reference_is_plain_jnp_everywhere(planned):
     options = {"implementation": "reference"}
     assert CALL not in lower_for_cuda(lambda x, ids: permute(x, ids, 5, **options), X, IDS)
-    assert CALL not in lower_for_cuda(lambda *args: unpermute(*args, **options), Y, IDS, WEIGHTS)
     assert CALL not in lower_for_cuda(lambda *args: quantize_transposed(*args, **options), X, SIZES)
 
 
@@ -143,8 +135,9 @@ def test_symbolic_sizes_take_jnp(planned):
 
 
 def test_exported_programs_carry_their_kernels(planned):
-    export = jax.export.export(jax.jit(unpermute), platforms=("cuda",), disabled_checks=export_checks())
-    assert CALL in export(Y, IDS, WEIGHTS).mlir_module()
+    function = jax.jit(lambda x, ids: permute(x, ids, 5))
+    export = jax.export.export(function, platforms=("cuda",), disabled_checks=export_checks())
+    assert CALL in export(X, IDS).mlir_module()
 
 
 def test_shard_map(planned):
@@ -159,7 +152,7 @@ def test_shard_map(planned):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((12, 300)), jnp.bfloat16)
     ids = rng.integers(0, 6, (12, 2)).astype(np.int32)
-    assert len(signatures(lower_for_cuda(mapped, x, ids, WEIGHTS[:3]))) == 4
+    assert len(signatures(lower_for_cuda(mapped, x, ids, WEIGHTS[:3]))) == 3
     out = mapped(x, ids, WEIGHTS[:3])[0]
     np.testing.assert_array_equal(out[3:6], local(x[3:6], ids[3:6], WEIGHTS[:3])[0])
 
@@ -175,7 +168,6 @@ def test_explicit_meshes_take_jnp(planned):
 def test_sizes_beyond_the_kernels_are_refused():
     for plan, problem in [
             (moe.plan_sort, SortProblem(1, 2**31, 8)), (moe.plan_permute, PermuteProblem(1, 2**28, 8, 8)),
-            (moe.plan_unpermute, UnpermuteProblem(1, 1, 1, 2**31, 8)),
             (plan_quantize_transposed, TransposeProblem(1, 1, 2**31, 8))]:
         with pytest.raises(NotImplementedError, match=rf"sizes up to {MAX_SIZE}.*implementation='reference'"):
             plan(problem)

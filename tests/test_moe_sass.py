@@ -2,14 +2,7 @@
 
 import pytest
 
-from jax_fp8gemm.jit.moe import (
-    PermuteProblem,
-    SortProblem,
-    UnpermuteProblem,
-    permute_kernel,
-    sort_kernel,
-    unpermute_kernel,
-)
+from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, permute_kernel, sort_kernel
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, transpose_kernel
 from jax_fp8gemm.jit.toolchain import compile_source
 from sass import disassemble, resource_usage
@@ -27,12 +20,6 @@ KERNELS = {
                     {"LDG.128": 4, "STG.64": 32}),
     "permute top 20": (permute_kernel(PermuteProblem(1, 4096, 7168, 20), 4), 3, {"LDG.128": 4}),
     "permute odd": (permute_kernel(PermuteProblem(1, 4096, 7169, 8), 1), 6, {"LDG.128": 0, "STG.64": 0}),
-    "unpermute": (unpermute_kernel(UnpermuteProblem(1, 4096, 8, 32768, 7168)), 4,
-                  {"LDG.128": 8, "STG.128": 1}),
-    "unpermute top 20": (unpermute_kernel(UnpermuteProblem(1, 4096, 20, 81920, 7168)), 3,
-                         {"LDG.128": 24, "STG.128": 1}),
-    "unpermute odd": (unpermute_kernel(UnpermuteProblem(1, 4096, 8, 32768, 7169)), 3,
-                      {"LDG.128": 0, "STG.128": 0}),
     "transpose": (transpose_kernel(TransposeProblem(1, 8192, 7168, 8)), 4, {"LDG.128": 8, "STG.128": 4}),
     "transpose f32": (transpose_kernel(TransposeProblem(1, 8192, 7168, 8, "f32", "e5m2")), 2,
                       {"LDG.128": 16, "STG.128": 4}),
@@ -55,7 +42,7 @@ def test_kernel(name, tmp_path):
         assert sum(name.startswith(opcode) and f".{width}" in name for name in names) == expected
 
 
-@pytest.mark.parametrize("name", ["permute", "unpermute", "transpose"])
+@pytest.mark.parametrize("name", ["permute", "transpose"])
 def test_loads_are_in_flight_together(name, tmp_path):
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compile_source(KERNELS[name][0].source()))

@@ -1,4 +1,4 @@
-"""The kernels that take tokens to the rows of experts and back, and their launch plans.
+"""The kernels that take tokens to the rows of experts, and their launch plans.
 
 `cuda/sort.cuh` and `cuda/permute.cuh`.
 """
@@ -47,20 +47,6 @@ class PermuteProblem:
     float8_dtype: str = "e4m3"
 
 
-@dataclasses.dataclass(frozen=True)
-class UnpermuteProblem:
-    """y [batch, rows, columns], positions [batch, tokens, top_k] -> [batch, tokens, columns].
-
-    All are at least 1.
-    """
-
-    batch: int
-    tokens: int
-    top_k: int
-    rows: int
-    columns: int
-
-
 def sort_shared_bytes(threads: int, experts: int) -> int:
     """Counts for each warp and for the CTA, first positions, and the warps' sums: `SortCounts`."""
     warps = threads // WARP
@@ -106,7 +92,7 @@ def plan_sort(problem: SortProblem, *, device: Device | None = None) -> LaunchPl
                        shared_bytes=sort_shared_bytes(kernel.threads, problem.experts))
 
 
-def num_ctas(problem: PermuteProblem | UnpermuteProblem, thread_blocks: int) -> int:
+def num_ctas(problem: PermuteProblem, thread_blocks: int) -> int:
     """CTAs in which half a warp takes `thread_blocks` 128-blocks of a token; a CTA has one batch."""
     per_token = ceil_div(ceil_div(problem.columns, SCALE_BLOCK), thread_blocks)
     return problem.batch * ceil_div(problem.tokens * per_token, THREADS // BLOCK_LANES)
@@ -154,35 +140,6 @@ def plan_permute(problem: PermuteProblem, *, device: Device | None = None) -> La
     _check("permute", problem, (problem.batch, problem.tokens * problem.top_k, problem.columns), grid)
     arguments = *map(Pointer, range(5)), Scalar(problem.tokens), Scalar(problem.columns)
     return permute_kernel(problem, thread_blocks).plan(grid, arguments)
-
-
-def unpermute_kernel(problem: UnpermuteProblem) -> Kernel:
-    """The kernel for `problem`; its sizes but top_k stay arguments."""
-    return Kernel(
-        header="permute.cuh",
-        function="unpermute",
-        constants={"Threads": THREADS, "ThreadBlocks": 1, "TopK": problem.top_k,
-                   "Vector": problem.columns % LANE_COLUMNS == 0},
-        types={"Input": INPUT_FORMATS["bf16"]},
-        parameters=("const void* y", "const int* positions", "const float* weights", "void* out",
-                    "unsigned tokens", "unsigned rows", "unsigned columns"),
-        threads=THREADS)
-
-
-def plan_unpermute(problem: UnpermuteProblem) -> LaunchPlan:
-    """The compiled kernel for `problem`, and how to launch it.
-
-    Buffers are y, positions, weights, out.
-
-    Raises:
-      NotImplementedError: a size that does not fit into 31 bits.
-      CompileError, RuntimeError: as for `Kernel.plan`.
-    """
-    grid = num_ctas(problem, thread_blocks=1)
-    sizes = problem.batch, problem.tokens * problem.top_k, problem.rows, problem.columns
-    _check("unpermute", problem, sizes, grid)
-    arguments = *map(Pointer, range(4)), *map(Scalar, (problem.tokens, problem.rows, problem.columns))
-    return unpermute_kernel(problem).plan(grid, arguments)
 
 
 def _check(function, problem, sizes, grid):

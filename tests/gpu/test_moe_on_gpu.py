@@ -1,4 +1,4 @@
-"""The kernels around the grouped GEMMs on a Hopper GPU: the reference's bits, unpermute within its bound.
+"""The kernels around the grouped GEMMs on a Hopper GPU: the reference's bits.
 
 Every kernel is launched once on its own, into results that are full of sentinels: what it does not write
 shows.
@@ -12,15 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_fp8gemm import dequantize, ffi, permute, quantize_transposed, reference_moe, unpermute
-from jax_fp8gemm.jit.moe import (
-    PermuteProblem,
-    SortProblem,
-    UnpermuteProblem,
-    plan_permute,
-    plan_sort,
-    plan_unpermute,
-)
+from jax_fp8gemm import dequantize, ffi, permute, quantize_transposed, reference_moe
+from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, plan_permute, plan_sort
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, plan_quantize_transposed
 
 SENTINEL = 0x55  # of each byte
@@ -125,36 +118,6 @@ def test_permute_in_public(rng, tokens, num_experts):
         assert_same_bytes(call(x, ids), expected)
 
 
-@pytest.mark.parametrize(("batch", "tokens", "rows", "columns", "top_k"), [
-    (1, 1, 1, 1, 1), (1, 127, 1016, 7168, 8), (3, 129, 50, 300, 2), (1, 1000, 8000, 2048, 8),
-    (2, 77, 99, 1021, 3), (1, 40, 800, 136, 20), (1, 2500, 4000, 520, 9)])
-def test_unpermute(rng, batch, tokens, rows, columns, top_k):
-    y = rng.standard_normal((batch, rows, columns)).astype(ml_dtypes.bfloat16)
-    y[rng.random((batch, rows)) < 0.05] = np.nan
-    positions = rng.integers(-rows // 10, rows + rows // 10 + 2, (batch, tokens, top_k)).astype(np.int32)
-    is_row = (positions >= 0) & (positions < rows)
-    weights = np.where(is_row, rng.standard_normal(positions.shape), np.nan).astype(np.float32)
-    results = [((batch, tokens, columns), jnp.bfloat16)]
-    plan = plan_unpermute(UnpermuteProblem(batch, tokens, top_k, rows, columns))
-    out, = launch(plan, results, *map(jnp.asarray, (y, positions, weights)))
-
-    terms = np.zeros((top_k, batch, tokens, columns))
-    for slot in range(top_k):
-        taken = np.stack([y[b, np.where(is_row, positions, 0)[b, :, slot]] for b in range(batch)])
-        product = taken.astype(np.float64) * weights[:, :, slot, None]
-        terms[slot] = np.where(is_row[:, :, slot, None], product, 0)
-    exact, size = terms.sum(0), np.abs(terms).sum(0)
-    np.testing.assert_array_equal(np.isnan(out.astype(np.float64)), np.isnan(exact))
-    # Each of the sums rounds by 2^-24 of a partial sum, the result by 2^-8.
-    bound = 2.0**-8 * np.abs(exact) + (top_k + 1) * 2.0**-24 * size
-    error = np.abs(out.astype(np.float64) - exact)
-    assert (error <= bound)[~np.isnan(exact)].all()
-    again, = launch(plan, results, *map(jnp.asarray, (y, positions, weights)))
-    assert_same_bytes(again, out)
-    public = unpermute(y[0], positions[0], weights[0], implementation="hopper")
-    assert_same_bytes(public, out[0])
-
-
 GROUP_SIZES = [[300, 0, 128, 129, 1], [0] * 5, [1] * 5, [500] * 5, [-5, 100, INT_MIN, 20, 0], [INT_MAX] * 5,
                [700, 0, 0, 0, 0], [0] * 100 + [3] * 156, [2, 0, 1] * 100, [558]]
 
@@ -193,31 +156,22 @@ def test_more_than_31_bits_of_elements(rng):
     np.testing.assert_array_equal(
         np.asarray(rows.values[positions[-64:].reshape(-1)]).view(np.uint8),
         np.asarray(expected.values[small.reshape(-1)]).view(np.uint8))
-    y = jax.lax.bitcast_convert_type(rows.values, jnp.uint8).astype(jnp.bfloat16)
-    weights = jnp.ones((tokens, top_k))
-    out = unpermute(y, positions, weights, implementation="hopper")
-    in_order = jnp.arange(64 * top_k, dtype=jnp.int32).reshape(64, top_k)
-    part = unpermute(y[positions[-64:].reshape(-1)], in_order, weights[-64:], implementation="hopper")
-    assert_same_bytes(out[-64:], part)
 
 
 def test_vmap_and_replay(rng):
     """Routings change from call to call of one program, which XLA may record as a CUDA graph."""
     @jax.jit
     @jax.vmap
-    def step(x, ids, weights):
+    def step(x, ids):
         rows, sizes, positions = permute(x, ids, 8, implementation="hopper")
-        y = dequantize(rows)
-        return (rows, sizes, positions, unpermute(y, positions, weights, implementation="hopper"),
-                quantize_transposed(y, sizes, implementation="hopper"))
+        return rows, sizes, positions, quantize_transposed(dequantize(rows), sizes, implementation="hopper")
 
     x = jnp.asarray(rng.standard_normal((3, 200, 264)), jnp.bfloat16)
-    weights = jnp.asarray(rng.random((3, 200, 4)), jnp.float32)
     for _ in range(6):
         ids = jnp.asarray(rng.integers(-1, 9, (3, 200, 4)), jnp.int32)
-        whole = step(x, ids, weights)
+        whole = step(x, ids)
         for i in range(3):
-            one = step(x[i : i + 1], ids[i : i + 1], weights[i : i + 1])
+            one = step(x[i : i + 1], ids[i : i + 1])
             assert_same_bytes(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], whole), one)
         expected = on_cpu(lambda x, ids: permute(x, ids, 8), x[0], ids[0])
         assert_same_bytes(jax.tree.map(lambda leaf: leaf[0], whole[:3]), expected)
