@@ -8,7 +8,7 @@ import pytest
 
 from jax_fp8gemm import dequantize, quantize_swiglu
 from jax_fp8gemm.reference import MIN_SCALE
-from swiglu_bound import assert_is_quantized_swiglu
+from swiglu_bound import U, assert_is_quantized_swiglu, exact_swiglu
 
 GROUPS = [([3, 0, 20], 23), ([0, 0, 0], 0), ([40, 5, 5], 40), ([-7, 10, -2147483648], 10),
           ([2147483647, 2147483647, 2147483647], 40), ([], 0)]
@@ -36,6 +36,18 @@ def test_numbers(rng, input_dtype, dtype, shape):
         assert got.shape == (*shape[:-1], shape[-1] // 2)
         assert got.dtype == dtype
         assert_is_quantized_swiglu(got, x)
+
+
+def test_bound_of_the_kernel_s_formula():
+    """gate * (1 / (1 + 2^(-gate * log2 e))) * up, each step rounded to f32 as the kernel does it."""
+    gate = np.linspace(-87, 87, 1_000_001, dtype=np.float32)
+    exponential = np.exp2(gate * -np.float32(np.log2(np.e)))
+    y = gate * (np.float32(1) / (1 + exponential))
+    exact = exact_swiglu(np.stack([gate, np.ones_like(gate)], 1))[:, 0]
+    error = np.abs(y - exact) / (U * np.maximum(np.abs(exact), 1e-300))
+    assert y.dtype == np.float32
+    assert np.all(error <= 12 + 1.25 * np.abs(gate))
+    assert np.any(error > 12)
 
 
 def test_large_gates():

@@ -1,4 +1,4 @@
-// Conversions of numbers, one instruction each; all round to nearest even.
+// Conversions and approximations of numbers, one instruction each. Conversions round to nearest even.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -24,17 +24,17 @@ __device__ __forceinline__ u16 pack_e5m2(float low, float high) {
   return packed;
 }
 
-// Two bf16 numbers, `low` in the low half.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
+// 2^x, off by at most two units in the last place; zero where that is subnormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
-// 1 / x, off by at most one unit in the last place.
+// 1 / x, off by at most one unit in the last place; zero where that is subnormal.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -158,7 +158,7 @@ def test_swiglu(rng, shape, input_dtype, dtype):
 
 def test_swiglu_of_extremes_is_the_reference_s_but_for_rounding():
     """All pairs of special numbers: the same places of NaN, infinity and zero, the rest within a step."""
-    special = np.float32([0, 1, 1e-30, 20, 87, 88.5, 100, 1e30, 3e38, np.inf, np.nan])
+    special = np.float32([0, 1, 1e-30, 20, 87, 89, 100, 1e30, 3e38, np.inf, np.nan])
     special = np.concatenate([special, -special])
     gate, up = (each.ravel() for each in np.meshgrid(special, special))
     # A block for each pair, so that no number hides beside a larger one.
@@ -166,7 +166,7 @@ def test_swiglu_of_extremes_is_the_reference_s_but_for_rounding():
     x[:, 5], x[:, 133] = gate, up
     got = quantize_swiglu(jnp.asarray(x), implementation="hopper")
     expected = on_cpu(lambda x: quantize_swiglu(x, implementation="reference"), x)
-    np.testing.assert_allclose(got.scales, expected.scales, rtol=2.0**-19)
+    np.testing.assert_allclose(got.scales, expected.scales, rtol=2 * (16 + 1.25 * 87) * 2.0**-24)
     assert np.abs(codes(got.values).astype(int) - codes(expected.values)).max() <= 1
 
 
