@@ -29,16 +29,15 @@ def scores():
     return [score_model.score(problem, configs, device) for problem, configs in times.items()]
 
 
-def test_the_choice_among_measured_configurations_is_nearly_the_fastest(scores):
-    ratios = [score.choice_ratio for score in scores]
+# Where groups' sizes scatter, time depends on more than the problem says.
+@pytest.mark.parametrize(("grouped", "most"), [(False, 1.25), (True, 1.3)])
+@pytest.mark.parametrize("ratio", ["choice_ratio", "candidate_ratio"])
+def test_what_the_model_prefers_is_nearly_the_fastest(scores, ratio, grouped, most):
+    """Among all measured configurations, and among the model's first candidates."""
+    ratios = [getattr(score, ratio) for score in scores if score.problem.is_grouped == grouped]
+    assert len(ratios) == (29 if grouped else 103)
     assert statistics.geometric_mean(ratios) <= 1.05
-    assert max(ratios) <= 1.25
-
-
-def test_the_candidates_hold_one_that_is_nearly_the_fastest(scores):
-    ratios = [score.candidate_ratio for score in scores]
-    assert statistics.geometric_mean(ratios) <= 1.05
-    assert max(ratios) <= 1.25
+    assert max(ratios) <= most
 
 
 def test_a_score_has_the_times_of_the_choice_and_of_the_fastest():

@@ -6,7 +6,7 @@ and of the GPU work on a K block at the same time:
   chain    one consumer, from a full stage to the next: multiply, drain, promote;
   tensor   the tensor cores, which all consumers of an SM share;
   issue    the instructions of all consumers besides the products: promotion, scales, barriers;
-  port     both operands' tiles into the SM's shared memory;
+  port     the SM's shared memory: both operands' tiles into it, and to the tensor cores;
   fill     zeros for the tile's rows beyond M, which the copy engine writes row by row;
   l2       both operands' tiles out of L2, a multicast tile once per cluster;
   memory   the wave's share of what must come from HBM, as far as the rings keep it in flight.
@@ -27,25 +27,27 @@ from jax_fp8gemm.jit.tile import MMA_P, expected_tiles, in_rounds, num_tiles, ou
 
 MMA_K = 32  # K of one wgmma
 
-# Measured on an H200: by time stamps in the kernel where it says so, else fitted to the times of 7,367
-# kernels of 103 problems (benchmarks/results/2026-11-21-sweep-h200.json.gz). A fitted rate is that of a part
+# Measured on an H200: by time stamps in the kernel where it says so, else fitted to the times of 3,520
+# kernels of 132 problems (benchmarks/results/2026-11-21-sweep-h200.json.gz). A fitted rate is that of a part
 # left alone under the norm above: the whole never reaches it.
 # Seconds, bytes, cycles of the SM's clock.
 LAUNCH = 0.7e-6  # an empty kernel
 START = 2.8e-6  # a CTA: 4,000 cycles until its first stage is full (time stamps), and its last stores
 CLUSTER = 0.5e-6  # more for CTAs in clusters: launched together, they end together
 OVERLAP = 4  # exponent of the norm
-BARRIER_CYCLES = 95  # of a chain: waits for the stage and for the products, which start empty
+COUPLING_CYCLES = 40  # of a chain: CTAs that share tiles wait for one another
+BARRIER_CYCLES = 119  # of a chain: waits for the stage and for the products, which start empty
 ISSUE_CYCLES = 105  # of a consumer and K block: barriers, scales, descriptors
-ROUND_CYCLES = 25  # of these, saved where each stage has its own copy of the loop
-COLUMN_SCALE_CYCLES = 3.7  # to multiply a column's scale, the disturbed row of FMAs included
-PORT_BYTES = 80  # per cycle
+ROUND_CYCLES = 44  # of these, saved where each stage has its own copy of the loop
+COLUMN_SCALE_CYCLES = 4.6  # to multiply a column's scale, the disturbed row of FMAs included
+PORT_BYTES = 150  # per cycle
 FILL_CYCLES = 6  # per row of zeros
-EXCHANGE_BYTES = 9  # per cycle: a CTA's sums to shared memory, to other CTAs, and added up there
-STORE_BYTES = 27  # per cycle: the output from registers to L2
+EXCHANGE_BYTES = 6.3  # per cycle: a CTA's sums to shared memory, to other CTAs, and added up there
+STORE_BYTES = 23.6  # per cycle: the output from registers to L2
+NARROW_STORES = 2.7  # how much slower boxes of less than 128 bytes a row are, or stores from registers
 SHARED_READ_BYTES = 128  # per cycle: what wgmma reads from shared memory
 LOAD_LATENCY = 0.8e-6  # from a copy's issue to its data, under load
-L2_BYTES = 37e6  # what stays of both operands in L2 from one wave to the next
+L2_BYTES = 52e6  # what stays of both operands in L2 from one wave to the next
 
 STEP_PARTS = ("chain", "tensor", "issue", "port", "fill", "l2", "memory")
 
@@ -124,14 +126,15 @@ def _sm_steps(problem: GemmProblem, config: GemmConfig, device: Device) -> list[
     """Seconds of a K block in the parts of one SM: chain, tensor, issue, port, fill."""
     p, q = warpgroup_tile(config)
     parts, consumers = p // MMA_P, config.num_consumers
+    coupling = COUPLING_CYCLES if config.cluster_m * config.cluster_n > 1 else 0
     multiply = SCALE_BLOCK // MMA_K * max(2 * MMA_P * q * MMA_K / device.flops_per_cycle,
                                           (MMA_P + q) * MMA_K / SHARED_READ_BYTES)
     promote = _promotion(problem, config)
     cycles = (
-        parts * _chain(problem, config, multiply, promote),
+        parts * _chain(problem, config, multiply, promote) + coupling,
         consumers * parts * multiply,
         consumers * (parts * promote + ISSUE_CYCLES - ROUND_CYCLES * in_rounds(problem, config)),
-        (config.block_m + config.block_n) * SCALE_BLOCK / PORT_BYTES,
+        (config.block_m + config.block_n + consumers * parts * (MMA_P + q)) * SCALE_BLOCK / PORT_BYTES,
         max(0, config.block_m - problem.m) * FILL_CYCLES,
     )
     return [part / device.clock_hz for part in cycles]
@@ -189,8 +192,8 @@ def _epilogue(problem: GemmProblem, config: GemmConfig, device: Device) -> float
     """Seconds that a tile's output keeps the consumers from multiplying."""
     size = config.block_m * config.block_n * problem.out_item_bytes
     rate = STORE_BYTES
-    if not problem.out_is_tma_aligned or out_chunk(problem, config)[1] < 64:
-        rate /= 2
+    if not problem.out_is_tma_aligned or out_chunk(problem, config)[1] < 128:
+        rate /= NARROW_STORES
     reads = 2 if problem.accumulate else 1
     return reads * size / (rate * device.clock_hz)
 

@@ -27,7 +27,7 @@ class Device:
     flops_per_cycle: int = 8192
     hbm_bytes_per_s: float = 3.45e12
     l2_bytes_per_s: float = 20e12
-    clock_hz: float = 1.65e9
+    clock_hz: float = 1.6e9
     shared_bytes: int = 232448
     is_limited: bool = False
 
