@@ -70,6 +70,21 @@ def test_the_code_of_the_readme_runs(readme):
     assert b"jax_fp8gemm_launch_v1" in readme["program"], "the exported program calls the kernel"
 
 
+def test_the_moe_layer_of_the_readme_runs(readme):
+    tokens, gate_up, down, routing_weights = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate([(40, 256), (4, 256, 256), (4, 256, 128), (40, 2)]))
+    ids = jax.random.randint(jax.random.key(4), (40, 2), 0, 6)  # two of the six experts are elsewhere
+    out = readme["moe"](jnp.bfloat16(tokens), ids, routing_weights,
+                        *(jax_fp8gemm.quantize(w, (128, 128)) for w in (gate_up, down)))
+    gate, up = jnp.split(jnp.einsum("td,gfd->tgf", tokens, gate_up), 2, axis=-1)
+    of_experts = jnp.einsum("tgf,gdf->tgd", jax.nn.silu(gate) * up, down)
+    exact = jnp.einsum("tgd,tsg,ts->td", of_experts, jax.nn.one_hot(ids, 4), routing_weights)
+    error = jnp.linalg.norm(jnp.float32(out) - exact) / jnp.linalg.norm(exact)
+    # As above for each of three GEMMs, whose errors add up: silu(gate) is about gate, or about zero.
+    assert 2.0**-7 < error < (2 + 2 + 2) ** 0.5 * 2.0**-4 / 3**0.5
+
+
 @pytest.mark.parametrize("name", jax_fp8gemm.__all__)
 def test_the_examples_of_docstrings_run(name):
     given = {"model": lambda params, tokens: tokens, "params": {}, "tokens": 1}  # an example's own
