@@ -73,20 +73,18 @@ struct QuantizedToken {
   }
 
   // Writes up to 16 rows, of which each lane names one: values [batch][rows][columns], scales
-  // [batch][blocks][rows].
+  // [batch][rows][blocks].
   __device__ void write(const TokenBlocks<Config>& blocks, u32 row_of_lane, u8* values,
                         float* out_scales) const {
     const u32 rows = blocks.tokens * Config::kTopK, num_blocks = blocks.num_blocks();
-    const i64 block = static_cast<i64>(blocks.batch) * num_blocks + blocks.first_block;
-#pragma unroll
-    for (u32 i = 0; i < kThreadBlocks; ++i)
-      if (row_of_lane < rows && blocks.first_block + i < num_blocks)
-        out_scales[(block + i) * rows + row_of_lane] = scales[i];
+    const i64 first_row = static_cast<i64>(blocks.batch) * rows;
+    if (row_of_lane < rows)
+      store_scales(out_scales + (first_row + row_of_lane) * num_blocks, blocks.first_block, num_blocks);
 #pragma unroll
     for (u32 slot = 0; slot < min_of(Config::kTopK, kBlockLanes); ++slot) {
       const u32 row = __shfl_sync(0xffffffff, row_of_lane, slot, kBlockLanes);
       if (row >= rows) continue;
-      u8* const out = values + (static_cast<i64>(blocks.batch) * rows + row) * blocks.columns;
+      u8* const out = values + (first_row + row) * blocks.columns;
 #pragma unroll
       for (u32 i = 0; i < kThreadBlocks; ++i)
         if (blocks.column(i) < blocks.columns)
@@ -95,6 +93,19 @@ struct QuantizedToken {
   }
 
  private:
+  // To a row [blocks].
+  __device__ void store_scales(float* row, u32 first_block, u32 num_blocks) const {
+    if constexpr (kThreadBlocks == 4)
+      if (num_blocks % 4 == 0) {
+        ptx::store_16(row + first_block, {__float_as_uint(scales[0]), __float_as_uint(scales[1]),
+                                          __float_as_uint(scales[2]), __float_as_uint(scales[3])});
+        return;
+      }
+#pragma unroll
+    for (u32 i = 0; i < kThreadBlocks; ++i)
+      if (first_block + i < num_blocks) row[first_block + i] = scales[i];
+  }
+
   __device__ void quantize(Chunk<typename Config::Input> (&chunks)[kThreadBlocks]) {
     using Float8 = typename Config::Float8;
     float amax[kThreadBlocks];
@@ -109,8 +120,10 @@ struct QuantizedToken {
 };
 
 // x [batch][tokens][columns], positions [batch][tokens][kTopK] -> values [batch][rows][columns], scales
-// [batch][blocks][rows], rows = tokens * kTopK: row positions[token][slot] is the token, those from
-// num_rows [batch] on are zeros with the smallest scale.
+// [batch][rows][blocks], rows = tokens * kTopK: row positions[token][slot] is the token, those from
+// num_rows [batch] on are zeros with the smallest scale. Neighbouring rows come from tokens far apart, so
+// that scales with the rows fastest, as the GEMMs want them, would be a sector each: turning them is left to
+// XLA.
 template <class Config>
 __device__ void permute(const void* x, const int* positions, const int* num_rows, void* values, float* scales,
                         u32 tokens, u32 columns) {

@@ -13,7 +13,7 @@ from jax_fp8gemm import reference_moe
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, plan_permute, plan_sort
 from jax_fp8gemm.operation import Operation, fold_into_batch, register
-from jax_fp8gemm.quantize_primitives import DTYPE_NAMES, scaled_call, scaled_results
+from jax_fp8gemm.quantize_primitives import DTYPE_NAMES, scaled_results
 from jax_fp8gemm.scaling import ROW_BLOCKS
 
 _INT32 = jnp.dtype(jnp.int32)
@@ -42,23 +42,20 @@ sort_by_expert_p = register(Operation("fp8_sort_by_expert", _sort_results, _sort
 
 
 # ---- fp8_permute: x [B, T, K], positions [B, T, top_k], num_rows [B]
-#      -> values [B, T * top_k, K], scales [B, T * top_k, ceil(K/128)]
-
-
-def _permuted_shape(x, positions):
-    batch, tokens, top_k = positions.shape
-    return batch, tokens * top_k, x.shape[2]
+#      -> values [B, T * top_k, K], scales [B, T * top_k, ceil(K/128)], row-major
 
 
 def _permute_results(x, positions, num_rows, *, dtype):
-    return scaled_results(_permuted_shape(x, positions), ROW_BLOCKS, dtype)
+    batch, tokens, top_k = positions.shape
+    return scaled_results((batch, tokens * top_k, x.shape[2]), ROW_BLOCKS, dtype)
 
 
 def _permute_hopper(x, positions, num_rows, *, dtype):
     problem = PermuteProblem(*x.shape, top_k=positions.shape[2], input_dtype=DTYPE_NAMES[x.dtype],
                              float8_dtype=DTYPE_NAMES[dtype])
-    return scaled_call(plan_permute(problem), _permuted_shape(x, positions), ROW_BLOCKS, dtype,
-                       x, positions, num_rows)
+    results = [jax.ShapeDtypeStruct(*result)
+               for result in _permute_results(x, positions, num_rows, dtype=dtype)]
+    return kernel_call(plan_permute(problem), results)(x, positions, num_rows)
 
 
 def _permute_batch(axis, operands, dims, **params):

@@ -61,7 +61,7 @@ def test_permute_is_two_calls(planned):
         "(tensor<1x12x2xi32>) -> (tensor<1x5xi32>, tensor<1x12x2xi32>, tensor<1xi32>)",
         "(tensor<1x12x300xbf16>, tensor<1x12x2xi32>, tensor<1xi32>) "
         "-> (tensor<1x24x300xf8E5M2>, tensor<1x24x3xf32>)"]
-    assert f"result_layouts = [dense<[2, 1, 0]> : tensor<3xindex>, {ROWS_FASTEST}]" in text
+    assert ROWS_FASTEST not in text  # XLA turns the scales to what follows
     assert planned == [SortProblem(1, 24, 5), PermuteProblem(1, 12, 300, 2, "bf16", "e5m2")]
 
 
@@ -89,7 +89,7 @@ def test_vmap_adds_no_calls(planned):
 
 
 def test_nothing_but_calls_in_a_layer_and_its_gradient(planned, built):
-    """No copy, no transposition of scales, nothing from the host between the kernels."""
+    """Nothing from the host between the kernels; only layouts differ, those of permute's scales."""
     weights = jax.jit(lambda: quantize(jnp.ones((5, 256, 512)), SQUARE_BLOCKS))()
 
     def layer(x, ids, weights):
@@ -186,6 +186,7 @@ def test_the_sort_takes_the_threads_that_shared_memory_has_room_for(experts, thr
     (PermuteProblem(1, 4096, 7168, 8), 4), (PermuteProblem(1, 64, 7168, 8), 1),
     (PermuteProblem(1, 1, 1, 1), 1),
     (PermuteProblem(1, 4096, 7168, 8, "f32"), 2), (PermuteProblem(1, 4096, 7169, 8), 1),
-    (PermuteProblem(1, 160, 7168, 8), 2)])
+    (PermuteProblem(1, 160, 7168, 8), 2), (PermuteProblem(1, 131072, 128, 8), 1),
+    (PermuteProblem(1, 131072, 300, 8), 4)])
 def test_permute_fills_the_gpu_where_it_can(problem, blocks):
     assert moe.choose_thread_blocks(problem, H200) == blocks

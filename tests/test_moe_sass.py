@@ -14,7 +14,8 @@ REGISTERS = 65536  # of a multiprocessor
 KERNELS = {
     "sort": (sort_kernel(SortProblem(1, 32768, 256)), 1, {}),
     "sort 5000 experts": (sort_kernel(SortProblem(1, 32768, 5000)), 1, {}),
-    "permute": (permute_kernel(PermuteProblem(1, 4096, 7168, 8), 4), 3, {"LDG.128": 4, "STG.64": 64}),
+    "permute": (permute_kernel(PermuteProblem(1, 4096, 7168, 8), 4), 3,
+                {"LDG.128": 4, "STG.64": 64, "STG.128": 2}),
     "permute a few": (permute_kernel(PermuteProblem(1, 64, 7168, 8), 1), 6, {"LDG.128": 1, "STG.64": 16}),
     "permute f32": (permute_kernel(PermuteProblem(1, 4096, 7168, 8, "f32", "e5m2"), 2), 4,
                     {"LDG.128": 4, "STG.64": 32}),
