@@ -35,7 +35,8 @@ def permute(
     smallest scale.
 
     On Hopper these are two kernels, also under `vmap`: one sorts, the other reads each token once, quantises
-    it once, and writes its rows. Nothing is copied to the host.
+    it once, and writes its rows. XLA then turns the scales to the layout that a GEMM wants, in a small copy.
+    Nothing is copied to the host.
 
     Args:
       x: [T, K] bfloat16, float16 or float32; a K that is a multiple of 8 is fastest.

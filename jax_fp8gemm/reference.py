@@ -52,7 +52,7 @@ def quantize_swiglu(x, *group_sizes, kind, dtype):
     silu(gate) * up with silu(gate) = gate / (1 + exp(-gate)), in f32, is quantised without being rounded to
     bf16 in between, in blocks of 1 x 128. A kernel matches up to the rounding of this f32 arithmetic
     (`exp` is not the same to the bit everywhere), so that a value is another number of the FP8 format only
-    where it lies next to the middle between two.
+    where it lies next to the middle between two; and its silu is -0 where exp(-gate) exceeds 2^126.
 
     kind: None; RAGGED_M, with group sizes [B, G]: rows of x[b] beyond the sum count as zeros; or MASKED, with
     group sizes [B]: rows of values[b] beyond the size are NaN here, and left alone by the kernel.

@@ -99,7 +99,7 @@ def num_ctas(problem: PermuteProblem, thread_blocks: int) -> int:
 
 
 def choose_thread_blocks(problem: PermuteProblem, device: Device) -> int:
-    """The most for which there are two CTAs for each SM, and of which a token has half; or 1."""
+    """The most for which there are two CTAs for each SM, and a token has more than half as many; or 1."""
     if problem.columns % LANE_COLUMNS:
         return 1  # bytes are stored one by one, in code that is long enough
     most = MAX_THREAD_BLOCKS // (2 if problem.input_dtype == "f32" else 1)
