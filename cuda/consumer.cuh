@@ -243,10 +243,10 @@ struct Mainloop {
   // addresses and has a fifth fewer instructions. Not where addresses that the compiler then keeps at hand
   // take registers that it does not have, and not for a single round, which would be no loop: products and
   // epilogue would mix.
-  static constexpr int kStages = Config::kNumStages;
+  static constexpr int kStages = Config::kNumStages, kMaxRoundStages = 8;
   static constexpr bool kRounds = Config::kKind != Kind::kRaggedK && Config::kSplitK == 1 && !kPipelined &&
                                   T::kNumMmaP == 1 && T::kOneScale && T::kNumKBlocks % kStages == 0 &&
-                                  T::kNumKBlocks > kStages;
+                                  T::kNumKBlocks > kStages&& kStages <= kMaxRoundStages;
 
   // One block of K, product by product. Its one Partial keeps the compiler from starting the next product
   // before this one is promoted.

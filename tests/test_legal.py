@@ -6,9 +6,9 @@ import pytest
 
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import H200
-from jax_fp8gemm.jit.legal import consumer_registers, least_stages, rejection
+from jax_fp8gemm.jit.legal import consumer_registers, least_stages, loop_fmas, rejection
 from jax_fp8gemm.jit.problem import GemmProblem
-from jax_fp8gemm.jit.tile import num_tiles
+from jax_fp8gemm.jit.tile import num_places, num_tiles
 
 DENSE = GemmProblem(4096, 7168, 2048)
 LEGAL = GemmConfig(128, 128, 6, out_buffers=1)
@@ -89,7 +89,19 @@ def test_num_tiles_counts_the_tiles_that_fill_a_cluster():
 def test_registers_of_a_consumer(config, registers, scales):
     assert consumer_registers(DENSE, config) == registers + scales
     per_row = dataclasses.replace(DENSE, rhs_scale_rows=1)  # scales are read as they are multiplied
-    assert consumer_registers(per_row, config) == registers
+    spared = 16 if config.num_consumers < 3 else 0
+    assert consumer_registers(per_row, config) == registers - spared
+
+
+def test_a_copy_of_the_loop_for_each_place():
+    config = GemmConfig(64, 208, 4)  # 104 columns a consumer: multiples of eight
+    assert num_places(DENSE, config) == 13
+    assert loop_fmas(DENSE, config) == 13 * 52
+    two = dataclasses.replace(config, partials=2)
+    assert "2028 FMAs in loops for 13 places" in rejection(DENSE, two, H200)
+    assert num_places(DENSE, GemmConfig(128, 208, 4)) == 8
+    assert num_places(DENSE, GemmConfig(128, 128, 4)) == num_places(DENSE, GemmConfig(64, 64, 4, 1)) == 1
+    assert num_places(dataclasses.replace(DENSE, rhs_scale_rows=1), config) == 1
 
 
 def test_least_stages_hold_the_padded_partial_tile():

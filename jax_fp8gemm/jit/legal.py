@@ -11,7 +11,15 @@ import math
 from jax_fp8gemm.jit.config import GemmConfig
 from jax_fp8gemm.jit.device import Device
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, GemmProblem, ceil_div
-from jax_fp8gemm.jit.tile import MMA_P, PARTIAL_PADDING, num_tiles, shared_bytes, tile_pq, warpgroup_tile
+from jax_fp8gemm.jit.tile import (
+    MMA_P,
+    PARTIAL_PADDING,
+    num_places,
+    num_tiles,
+    shared_bytes,
+    tile_pq,
+    warpgroup_tile,
+)
 
 MMA_Q = 8  # a wgmma's N side comes in steps of this
 MAX_BLOCK = 256  # rows that one copy into shared memory moves, and columns of a wgmma
@@ -24,6 +32,8 @@ LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 # Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg
 # leaves a consumer thread for a given number of consumer warpgroups.
 OTHER_REGISTERS = {1: 40, 2: 40, 3: 24}  # three leave the compiler less to hoist
+MAX_LOOP_FMAS = 1536  # in longer code, ptxas loses track of what is uniform, and spills
+LATE_SCALES_REGISTERS = 24  # instead, where scales are read as they are multiplied
 MAX_REGISTERS = {1: 240, 2: 232, 3: 152}
 
 
@@ -46,13 +56,19 @@ def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
     rhs that the warpgroup touches. Where both sides have scales of single rows, it reads them as it goes.
     """
     p, q = warpgroup_tile(config)
+    sums, others = (p // MMA_P + config.partials) * (q // 2), OTHER_REGISTERS[config.num_consumers]
     if problem.rhs_scale_rows == 1:
-        scales = 0
-    elif config.swap_ab:
-        scales = q // 4
-    else:
-        scales = 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
-    return (p // MMA_P + config.partials) * (q // 2) + scales + OTHER_REGISTERS[config.num_consumers]
+        return sums + min(others, LATE_SCALES_REGISTERS)
+    scales = q // 4 if config.swap_ab else 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
+    return sums + scales + others
+
+
+def loop_fmas(problem: GemmProblem, config: GemmConfig) -> int:
+    """FMAs of the promotion in all copies of the loop, one for each place among the 128-blocks of rhs; with
+    several partials, a loop of single blocks comes before that of batches."""
+    p, q = warpgroup_tile(config)
+    products = config.partials + p // MMA_P if config.partials > 1 else p // MMA_P
+    return num_places(problem, config) * products * (q // 2)
 
 
 def rejection(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -131,6 +147,9 @@ def _resource_rejection(problem: GemmProblem, config: GemmConfig, device: Device
     registers, limit = consumer_registers(problem, config), MAX_REGISTERS[config.num_consumers]
     if registers > limit:
         return f"about {registers} registers a thread, above {limit}"
+    fmas = loop_fmas(problem, config)
+    if fmas > MAX_LOOP_FMAS:
+        return f"{fmas} FMAs in loops for {num_places(problem, config)} places of rhs, above {MAX_LOOP_FMAS}"
     size = shared_bytes(problem, config)
     if size > device.shared_bytes:
         return f"{size} bytes of shared memory, above {device.shared_bytes}"

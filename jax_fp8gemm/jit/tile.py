@@ -15,6 +15,7 @@ from jax_fp8gemm.jit.problem import RAGGED_K, RAGGED_M, SCALE_BLOCK, GemmProblem
 MMA_P = 64  # rows of a wgmma's M side
 WARPS = 4  # of a warpgroup
 PARTIAL_PADDING = 8  # floats after each row of split-K's partial tile, against bank conflicts
+MAX_ROUND_STAGES = 8  # of which each has its own copy of the kernel's loop
 GROUP_SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # sizes of groups, relative to what is expected
 _QUEUE_BYTES = 4 * (32 + 2 * 8)  # of tiles, where group sizes are on the device: slots, two barriers each
 _STAGE_ALIGNMENT = 1024  # the 128-byte swizzle repeats after as much
@@ -56,12 +57,22 @@ def expected_tiles(problem: GemmProblem, config: GemmConfig) -> float:
 
 def in_rounds(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether the kernel has a copy of its loop for each stage: `kRounds` in cuda/consumer.cuh."""
-    p, q = warpgroup_tile(config)
-    one_scale = problem.rhs_scale_rows != 1 and not config.swap_ab and (
-        math.gcd(config.block_n, q, SCALE_BLOCK) == min(q, SCALE_BLOCK))
+    p, _ = warpgroup_tile(config)
+    one_scale = problem.rhs_scale_rows != 1 and not config.swap_ab and num_places(problem, config) == 1
     rounds, rest = divmod(problem.num_k_blocks, config.num_stages)
     return (problem.kind != RAGGED_K and config.split_k == config.partials == 1 and p == MMA_P and one_scale
-            and rounds > 1 and rest == 0)
+            and rounds > 1 and rest == 0 and config.num_stages <= MAX_ROUND_STAGES)
+
+
+def num_places(problem: GemmProblem, config: GemmConfig) -> int:
+    """At how many places the 128-blocks of rhs may begin among the columns of a warpgroup.
+
+    For each, the kernel has a copy of its loop: `with_first_columns` in cuda/consumer.cuh.
+    """
+    if problem.rhs_scale_rows == 1 or config.swap_ab:
+        return 1
+    _, q = warpgroup_tile(config)
+    return min(q, SCALE_BLOCK) // math.gcd(config.block_n, q, SCALE_BLOCK)
 
 
 def out_chunk(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
