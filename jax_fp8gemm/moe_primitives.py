@@ -33,11 +33,7 @@ def _sort_hopper(expert_ids, *, num_experts):
     return kernel_call(plan_sort(SortProblem(batch, tokens * top_k, num_experts)), results)(expert_ids)
 
 
-def _sort_batch(axis, operands, dims, **params):
-    return fold_into_batch(sort_by_expert_p, axis, operands, dims, params)
-
-
-sort_by_expert_p = register(Operation("fp8_sort_by_expert", _sort_results, _sort_batch,
+sort_by_expert_p = register(Operation("fp8_sort_by_expert", _sort_results, fold_into_batch,
                                       reference_moe.sort_by_expert, _sort_hopper))
 
 
@@ -58,9 +54,5 @@ def _permute_hopper(x, positions, num_rows, *, dtype):
     return kernel_call(plan_permute(problem), results)(x, positions, num_rows)
 
 
-def _permute_batch(axis, operands, dims, **params):
-    return fold_into_batch(permute_p, axis, operands, dims, params)
-
-
-permute_p = register(Operation("fp8_permute", _permute_results, _permute_batch, reference_moe.permute,
+permute_p = register(Operation("fp8_permute", _permute_results, fold_into_batch, reference_moe.permute,
                                _permute_hopper))

@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = (None, "hopper", "reference")
@@ -23,8 +23,8 @@ class Operation:
     Attributes:
       name: of the primitive, as a jaxpr shows it.
       results: (*operands, **params) -> a list of the results' shapes and dtypes.
-      batch: (axis, operands, dims, **params) -> the results and their batched dimensions, two lists; dims are
-        as for `jax.vmap`.
+      batch: (primitive, axis, operands, dims, **params) -> the results and their batched dimensions, two
+        lists; dims are as for `jax.vmap`.
       reference: (*operands, **params) -> a list of the results, in plain jnp.
       hopper: the same through the custom call; never sees an empty operand or result.
     """
@@ -46,11 +46,13 @@ def register(operation: Operation) -> Primitive:
         if any(map(is_explicitly_sharded, operands)):
             raise NotImplementedError(f"{operation.name}: an operand is sharded over an Explicit mesh axis; "
                                       "call it inside jax.shard_map")
-        return [operands[0].update(shape=shape, dtype=dtype, weak_type=False)
+        # NOTES: a mesh with Explicit axes wants as many entries of the spec as there are axes.
+        of_rank = lambda rank: operands[0].sharding.update(spec=PartitionSpec(*[None] * rank))
+        return [operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=of_rank(len(shape)))
                 for shape, dtype in operation.results(*operands, **params)]
 
     primitive.def_impl(lambda *operands, **params: _run_eagerly(primitive, tuple(params.items()), *operands))
-    batching.fancy_primitive_batchers[primitive] = operation.batch
+    batching.fancy_primitive_batchers[primitive] = partial(operation.batch, primitive)
     mlir.register_lowering(primitive, partial(_lower_elsewhere, operation))
     mlir.register_lowering(primitive, partial(_lower_for_cuda, operation), platform="cuda")
     return primitive
@@ -110,7 +112,7 @@ def bind_or_reference(primitive, reference, *operands, implementation, **params)
     return primitive.bind(*operands, implementation=implementation, **params)
 
 
-def fold_into_batch(primitive, axis, operands, dims, params):
+def fold_into_batch(primitive, axis, operands, dims, **params):
     """The batch rule of a primitive all of whose operands and results have a batch axis first.
 
     The mapped axis goes into it, for one launch; an operand that is not mapped is repeated, unless none is.

@@ -89,9 +89,9 @@ def _check_sizes(kind, **sizes):
 # ---- batching: one launch whatever is mapped over
 
 
-def _batch(kind, axis, operands, dims, **params):
+def _batch(kind, primitive, axis, operands, dims, **params):
     def bind(*operands):
-        (out,) = PRIMITIVES[kind].bind(*match_varying(*operands), **params)
+        (out,) = primitive.bind(*match_varying(*operands), **params)
         return out
 
     num_factors = _NUM_FACTORS + (kind != DENSE)

@@ -47,11 +47,7 @@ def _quantize_hopper(x, *, granularity, dtype):
     return scaled_call(plan_quantize(problem), x.shape, granularity, dtype, x)
 
 
-def _quantize_batch(axis, operands, dims, **params):
-    return fold_into_batch(quantize_p, axis, operands, dims, params)
-
-
-quantize_p = register(Operation("fp8_quantize", _quantize_results, _quantize_batch, reference.quantize,
+quantize_p = register(Operation("fp8_quantize", _quantize_results, fold_into_batch, reference.quantize,
                                 _quantize_hopper))
 
 
@@ -75,11 +71,7 @@ def _swiglu_hopper(x, *group_sizes, kind, dtype):
     return scaled_call(plan_quantize(problem), shape, ROW_BLOCKS, dtype, x, *group_sizes)
 
 
-def _swiglu_batch(axis, operands, dims, **params):
-    return fold_into_batch(quantize_swiglu_p, axis, operands, dims, params)
-
-
-quantize_swiglu_p = register(Operation("fp8_quantize_swiglu", _swiglu_results, _swiglu_batch,
+quantize_swiglu_p = register(Operation("fp8_quantize_swiglu", _swiglu_results, fold_into_batch,
                                        reference.quantize_swiglu, _swiglu_hopper))
 
 
@@ -101,9 +93,5 @@ def _transposed_hopper(x, group_sizes, *, dtype):
     return scaled_call(plan_quantize_transposed(problem), shape, ROW_BLOCKS, dtype, x, group_sizes)
 
 
-def _transposed_batch(axis, operands, dims, **params):
-    return fold_into_batch(quantize_transposed_p, axis, operands, dims, params)
-
-
-quantize_transposed_p = register(Operation("fp8_quantize_transposed", _transposed_results, _transposed_batch,
+quantize_transposed_p = register(Operation("fp8_quantize_transposed", _transposed_results, fold_into_batch,
                                            reference_moe.quantize_transposed, _transposed_hopper))

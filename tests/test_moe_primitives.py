@@ -165,6 +165,17 @@ def test_explicit_meshes_take_jnp(planned):
             permute(X, ids, 5, implementation="hopper")
 
 
+def test_an_explicit_mesh_on_which_nothing_is_sharded(planned):
+    """Results of another rank than the operands have a sharding of their rank."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x, ids = np.asarray(X), np.asarray(IDS)
+    expected = permute(x, ids, 5)
+    with jax.set_mesh(mesh):
+        got = permute(*(jax.device_put(array, NamedSharding(mesh, P())) for array in (x, ids)), 5)
+        assert len(signatures(lower_for_cuda(lambda x, ids: permute(x, ids, 5), x, ids))) == 2
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_sizes_beyond_the_kernels_are_refused():
     for plan, problem in [
             (moe.plan_sort, SortProblem(1, 2**31, 8)), (moe.plan_permute, PermuteProblem(1, 2**28, 8, 8)),

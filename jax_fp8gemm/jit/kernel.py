@@ -30,9 +30,9 @@ class Kernel:
       threads: of a CTA.
 
     Example:
-      >>> kernel = Kernel("quantize.cuh", "quantize", {"Threads": 256}, {}, ("const void* x",), 256)
+      >>> kernel = Kernel("double.cuh", "double_all", {"Threads": 256}, {}, ("const float* x", "float* y"), 256)
       >>> plan = kernel.plan(grid=1024, arguments=(Pointer(0), Pointer(1)))
-      >>> values, = kernel_call(plan, [jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn)])(x)
+      >>> y, = kernel_call(plan, [jax.ShapeDtypeStruct(x.shape, x.dtype)])(x)
     """
 
     header: str
