@@ -1,30 +1,82 @@
-"""Writes the README's table from the results of bench_dense, between its two markers.
+"""Writes a table of the README from the results of bench_dense or bench_grouped, between its two markers.
 
-python -m benchmarks.readme_table                                       # the one result in benchmarks/results
-python -m benchmarks.readme_table benchmarks/results/dense-nvidia-h200.json --readme README.md
+python -m benchmarks.readme_table                                       # the dense result in benchmarks/results
+python -m benchmarks.readme_table benchmarks/results/grouped-nvidia-h200.json
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import environment
 
-START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 README = pathlib.Path(__file__).parents[1] / "README.md"
-_TAG = "dense"
-_TIMES = {
-    "fp8_gemm": "jax_fp8gemm us",
-    "deepgemm": "DeepGEMM us",
-    "cublaslt_block": "cuBLASLt us",
-    "cutlass_block": "CUTLASS us",
-    "jnp_bf16": "`jnp.dot` bf16 us",
-}
 _OURS = "fp8_gemm"
-_RATIOS = {"deepgemm": "over DeepGEMM", "jnp_bf16": "over bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a table shows.
+
+    Attributes:
+      sizes: titles of the columns that say what a row is.
+      times: titles of the peers' times.
+      ratios: titles of our speed over peers.
+      tags: rows that the table has, and how a mean of them is called.
+    """
+
+    sizes: tuple[str, ...]
+    times: Mapping[str, str]
+    ratios: Mapping[str, str]
+    tags: Mapping[str, str]
+
+
+LAYOUTS = {
+    "dense": Layout(
+        sizes=("M", "N", "K"),
+        times={
+            "fp8_gemm": "jax_fp8gemm us",
+            "deepgemm": "DeepGEMM us",
+            "cublaslt_block": "cuBLASLt us",
+            "cutlass_block": "CUTLASS us",
+            "jnp_bf16": "`jnp.dot` bf16 us",
+        },
+        ratios={"deepgemm": "over DeepGEMM", "jnp_bf16": "over bf16"},
+        tags={"dense": "Geometric mean"},
+    ),
+    "grouped": Layout(
+        sizes=("kind", "groups x tokens", "M", "N", "K"),
+        times={
+            "fp8_gemm": "jax_fp8gemm us",
+            "deepgemm": "DeepGEMM us",
+            "deepgemm_padding": "with its padding us",
+            "tokamax_bf16": "tokamax bf16 us",
+            "ragged_dot_bf16": "`lax.ragged_dot` bf16 us",
+        },
+        ratios={
+            "deepgemm": "over DeepGEMM",
+            "deepgemm_padding": "with its padding",
+            "tokamax_bf16": "over tokamax",
+            "ragged_dot_bf16": "over `ragged_dot`",
+        },
+        tags={
+            "contiguous": "Ragged M, thousands of tokens a group",
+            "masked": "Masked",
+            "ragged_k": "Ragged K",
+            "small_experts": "Ragged M, small groups",
+        },
+    ),
+}
+
+
+def markers(kind: str) -> tuple[str, str]:
+    """The lines of the README between which the table of a kind stands."""
+    name = "benchmark" if kind == "dense" else f"benchmark:{kind}"
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
 
 
 def _kernel(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -35,13 +87,27 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _size(row: Mapping[str, Any], title: str) -> str:
+    if title == "kind":
+        return row["kind"]
+    if title == "groups x tokens":
+        sizes = row["group_sizes"]
+        exactly = "" if len(set(sizes)) == 1 else "~"
+        return f"{len(sizes)} x {exactly}{round(sum(sizes) / len(sizes))}"
+    if title == "M" and row.get("kind") in ("ragged_m", "masked"):
+        return ""
+    if title == "K" and row.get("kind") == "ragged_k":
+        return ""
+    return str(row[title.lower()])
+
+
+def _row(row: Mapping[str, Any], layout: Layout) -> str:
     ours = _kernel(row, _OURS)
-    cells = [str(row[size]) for size in ("m", "n", "k")]
-    cells += [f"{found['median_us']:.1f}" if (found := _kernel(row, name)) else "-" for name in _TIMES]
+    cells = [_size(row, title) for title in layout.sizes]
+    cells += [f"{found['median_us']:.1f}" if (found := _kernel(row, name)) else "-" for name in layout.times]
     cells += [f"{ours['tflops']:.0f}", f"{ours['gb_per_s']:.0f}"]
     ratios = row["speedup"].get("kernel", {})
-    cells += [f"{ratios[name]:.2f}x" if name in ratios else "-" for name in _RATIOS]
+    cells += [f"{ratios[name]:.2f}x" if name in ratios else "-" for name in layout.ratios]
     return _line(cells)
 
 
@@ -63,43 +129,50 @@ def table(report: Mapping[str, Any]) -> str:
     Raises:
       ValueError: the report has no row with kernel times for the table.
     """
-    rows = [row for row in report["rows"] if _TAG in row["tags"] and _kernel(row, _OURS)]
+    layout = LAYOUTS[report["kind"]]
+    rows = [row for row in report["rows"] if layout.tags.keys() & set(row["tags"]) and _kernel(row, _OURS)]
     if not rows:
-        raise ValueError(f"report: expected {_TAG!r} rows with kernel times of {_OURS}, got none")
-    header = ["M", "N", "K", *_TIMES.values(), "TFLOPS", "GB/s", *_RATIOS.values()]
+        tags = " or ".join(map(repr, layout.tags))
+        raise ValueError(f"report: expected {tags} rows with kernel times of {_OURS}, got none")
+    header = [*layout.sizes, *layout.times.values(), "TFLOPS", "GB/s", *layout.ratios.values()]
     lines = [
         f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. "
         f"Kernel time, cold L2, median of {report['repeats']} interleaved runs in one process.",
         "",
         _line(header),
         "|" + "---:|" * len(header),
-        *map(_row, rows),
+        *(_row(row, layout) for row in rows),
         "",
+        *_means(report, layout),
     ]
-    means = report["geometric_means"].get(_TAG, {})
-    if means:
-        lines.append(
-            "Geometric mean: "
-            + ", ".join(
-                f"{means[name]['mean']:.2f}x {title} (worst row {means[name]['min']:.2f}x)"
-                for name, title in _RATIOS.items()
-                if name in means
-            )
-            + "."
-        )
     return "\n".join(lines).rstrip() + "\n"
 
 
-def insert(readme: str, text: str) -> str:
+def _means(report: Mapping[str, Any], layout: Layout) -> list[str]:
+    lines = []
+    for tag, title in layout.tags.items():
+        means = report["geometric_means"].get(tag, {})
+        found = [
+            f"{means[name]['mean']:.2f}x {ratio} (worst row {means[name]['min']:.2f}x)"
+            for name, ratio in layout.ratios.items()
+            if name in means
+        ]
+        if found:
+            lines += [f"{title}: {', '.join(found)}.", ""]
+    return lines
+
+
+def insert(readme: str, text: str, kind: str = "dense") -> str:
     """The README with `text` in place of what stood between the markers.
 
     Raises:
       ValueError: the README does not have each marker once, in order.
     """
-    start, end = readme.find(START), readme.find(END)
-    if not 0 <= start < end or readme.count(START) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README: expected one {START} followed by one {END}")
-    return f"{readme[: start + len(START)]}\n{text}{readme[end:]}"
+    first, last = markers(kind)
+    start, end = readme.find(first), readme.find(last)
+    if not 0 <= start < end or readme.count(first) != 1 or readme.count(last) != 1:
+        raise ValueError(f"README: expected one {first} followed by one {last}")
+    return f"{readme[: start + len(first)]}\n{text}{readme[end:]}"
 
 
 def main() -> int:
@@ -111,12 +184,12 @@ def main() -> int:
         type=pathlib.Path,
         nargs="?",
         default=environment.RESULTS / "dense-nvidia-h200.json",
-        help="JSON file of bench_dense",
+        help="JSON file of bench_dense or bench_grouped",
     )
     parser.add_argument("--readme", type=pathlib.Path, default=README)
     arguments = parser.parse_args()
-    text = table(environment.read(arguments.report, "dense"))
-    arguments.readme.write_text(insert(arguments.readme.read_text(), text))
+    report = environment.read(arguments.report, *LAYOUTS)
+    arguments.readme.write_text(insert(arguments.readme.read_text(), table(report), report["kind"]))
     return 0
 
 

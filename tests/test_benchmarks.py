@@ -310,6 +310,23 @@ def test_the_readme_table(report):
     assert columns == {13}
 
 
+def test_the_readme_table_of_groups(report):
+    row = {
+        "workload": "masked-2x20", "kind": "masked", "m": 64, "n": 64, "k": 512, "group_sizes": [30, 10],
+        "tags": ["masked"], "speedup": {"kernel": {"deepgemm": 1.25}},
+        "results": {name: {"kernel": {"median_us": us, "tflops": 3.4, "gb_per_s": 5.6}}
+                    for name, us in (("fp8_gemm", 4.0), ("deepgemm", 5.0))},
+    }
+    means = {"masked": {"deepgemm": {"mean": 1.25, "min": 1.25, "rows": 1}}}
+    grouped = report | {"kind": "grouped", "rows": [row], "geometric_means": means}
+    lines = readme_table.table(grouped).splitlines()
+    cells = "masked", "2 x ~20", "", "64", "512", "4.0", "5.0", *"---", "3", "6", "1.25x", *"---"
+    assert lines[4] == f"| {' | '.join(cells)} |"
+    assert lines[-1] == "Masked: 1.25x over DeepGEMM (worst row 1.25x)."
+    readme = "<!-- benchmark:grouped:start -->\n<!-- benchmark:grouped:end -->"
+    assert lines[4] in readme_table.insert(readme, readme_table.table(grouped), "grouped")
+
+
 def test_the_readme_table_goes_between_its_markers(report, tmp_path, monkeypatch):
     readme, results = tmp_path / "README.md", tmp_path / "dense.json"
     readme.write_text("# Title\n<!-- benchmark:start -->\nold\n<!-- benchmark:end -->\nrest\n")
