@@ -1,6 +1,6 @@
 """Writes a table of the README from the results of bench_dense or bench_grouped, between its two markers.
 
-python -m benchmarks.readme_table                                       # the dense result in benchmarks/results
+python -m benchmarks.readme_table                          # the dense result in benchmarks/results
 python -m benchmarks.readme_table benchmarks/results/grouped-nvidia-h200.json
 """
 
