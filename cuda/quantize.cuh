@@ -11,6 +11,7 @@
 #pragma once
 
 #include "float8.cuh"
+#include "scan.cuh"
 
 namespace fp8gemm {
 
@@ -234,19 +235,14 @@ __device__ void quantize_swiglu_tile(const void* x, const QuantizeTile<Config>& 
   quantize_row_blocks<Config>(source, tile, out, limits.written);
 }
 
-// A group's rows, no less than none and no more than there are.
-__device__ __forceinline__ u32 clamped(int size, u32 rows) {
-  return min(static_cast<u32>(max(size, 0)), rows);
-}
-
 // The sum of a batch's group sizes, no more than `rows` (< 2^31); every warp adds them up for itself.
 __device__ __forceinline__ u32 sum_of_groups(const int* group_sizes, u32 num_groups, u32 rows) {
   u32 sum = 0;
   for (u32 group = lane_index(); group < num_groups; group += 32)
-    sum = min(sum + clamped(group_sizes[group], rows), rows);
+    sum = add_saturating(sum, clamped(group_sizes[group], rows), rows);
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
-    sum = min(sum + __shfl_xor_sync(0xffffffff, sum, distance), rows);
+    sum = add_saturating(sum, __shfl_xor_sync(0xffffffff, sum, distance), rows);
   return sum;
 }
 
@@ -311,13 +307,7 @@ struct MaskedTiles {
     const u32 group = first_group + lane_index();
     valid = group < num_groups ? clamped(group_sizes[group], rows) : 0;
     num_tiles = Tile::tiles_per_column(valid) * tiles_per_row;
-    tiles_through = num_tiles;
-#pragma unroll
-    for (u32 distance = 1; distance < 32; distance *= 2) {
-      const u32 below = __shfl_up_sync(0xffffffff, tiles_through, distance);
-      if (lane_index() >= distance) tiles_through += below;
-    }
-    tiles_through += tiles_before;
+    tiles_through = tiles_before + scan_saturating(num_tiles, kNoLimit);
   }
 };
 

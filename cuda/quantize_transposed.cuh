@@ -9,7 +9,6 @@
 #pragma once
 
 #include "quantize.cuh"
-#include "scan.cuh"
 
 namespace fp8gemm {
 
@@ -44,7 +43,6 @@ __device__ __forceinline__ TokenBlock find_token_block(const int* group_sizes, u
   };
   u32 num_blocks = 0;
   for_each_group([&](u32, u32 size) { num_blocks += blocks_of(size); });
-  constexpr u32 kNoLimit = 0x7fffffff;
   const u32 through = scan_saturating(num_blocks, kNoLimit);
 
   const u32 owners = __ballot_sync(0xffffffff, block < through);

@@ -5,6 +5,13 @@
 
 namespace fp8gemm {
 
+constexpr u32 kNoLimit = 0x7fffffff;  // for sums that are known to be below
+
+// A group's size, no less than none and no more than there is.
+__device__ __forceinline__ u32 clamped(int size, u32 limit) {
+  return min(static_cast<u32>(max(size, 0)), limit);
+}
+
 // a + b, but no more than limit, for a, b <= limit < 2^31.
 __device__ __forceinline__ u32 add_saturating(u32 a, u32 b, u32 limit) { return min(a + b, limit); }
 

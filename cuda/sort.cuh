@@ -73,8 +73,6 @@ struct SortCounts {
   }
 
  private:
-  static constexpr u32 kNoLimit = 0x7fffffff;
-
   // The sum over the CTA's threads up to this one.
   __device__ u32 sum_through(u32 value) {
     const u32 through = scan_saturating(value, kNoLimit);

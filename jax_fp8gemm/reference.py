@@ -62,18 +62,11 @@ def quantize_swiglu(x, *group_sizes, kind, dtype):
     y = gate / (1 + jnp.exp(-gate)) * up
     if kind is not None:
         (sizes,) = group_sizes
-        valid = valid_rows(sizes, rows) if kind == RAGGED_M else jnp.clip(sizes, 0, rows)
+        ends = group_bounds(sizes, rows)[1] if kind == RAGGED_M else jnp.clip(sizes, 0, rows)[:, None]
+        valid = ends.max(axis=1, initial=0)
         is_valid = jnp.arange(rows)[:, None] < valid[:, None, None]
         y = jnp.where(is_valid, y, 0 if kind == RAGGED_M else jnp.nan)
     return quantize(y, granularity=(1, SCALE_BLOCK), dtype=dtype)
-
-
-def valid_rows(group_sizes, rows):
-    """[B, G] -> [B]: the sum of a batch's sizes, of which negative ones are zero, and no more than `rows`."""
-    limit = jnp.asarray(rows, jnp.uint32)
-    sizes = jnp.pad(jnp.clip(group_sizes, 0, rows).astype(jnp.uint32), ((0, 0), (1, 0)))
-    running_sums = lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes, axis=1)
-    return running_sums[:, -1].astype(jnp.int32)
 
 
 def dequantize(values, scales, granularity):
