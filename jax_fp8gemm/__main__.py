@@ -97,7 +97,7 @@ def _add_problem_options(command: argparse.ArgumentParser) -> None:
 def _add_device_options(command: argparse.ArgumentParser) -> None:
     names = "; ".join(device.name for device in KNOWN_DEVICES)
     command.add_argument("--gpu", metavar="NAME", help=f"for this GPU instead of the one here ({names})")
-    command.add_argument("--num-sms", type=int, help="SMs that a kernel may use")
+    command.add_argument("--num-sms", type=int, help="SMs that a GEMM may use")
 
 
 def _problem(options: argparse.Namespace, m: int, n: int, k: int) -> GemmProblem:

@@ -30,7 +30,7 @@ class Kernel:
       threads: of a CTA.
 
     Example:
-      >>> kernel = Kernel("double.cuh", "double_all", {"Threads": 256}, {}, ("const float* x", "float* y"), 256)
+      >>> kernel = Kernel("twice.cuh", "twice", {"Threads": 256}, {}, ("const float* x", "float* y"), 256)
       >>> plan = kernel.plan(grid=1024, arguments=(Pointer(0), Pointer(1)))
       >>> y, = kernel_call(plan, [jax.ShapeDtypeStruct(x.shape, x.dtype)])(x)
     """

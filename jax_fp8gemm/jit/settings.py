@@ -65,7 +65,7 @@ NVCC = Variable(
     PREFIX + "NVCC", "NVRTC", "Path of an nvcc to compile kernels with instead of NVRTC.")
 NUM_SMS = Variable(
     PREFIX + "NUM_SMS", "all",
-    "Number of SMs that a kernel may use; `limit_sms` does the same for a block of code.")
+    "Number of SMs that a GEMM may use; `limit_sms` does the same for a block of code.")
 
 VARIABLES = (CACHE_DIR, LOG, PRINT_CONFIG, DUMP_DIR, LINE_INFO, NVCC, NUM_SMS)
 
@@ -113,7 +113,7 @@ _sm_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("jax_fp8g
 
 
 def num_sms() -> int | None:
-    """The number of SMs that a kernel may use; None: all."""
+    """The number of SMs that a GEMM may use; None: all."""
     limit = _sm_limit.get()
     if limit is not None:
         return limit
@@ -127,7 +127,9 @@ def num_sms() -> int | None:
 
 @contextlib.contextmanager
 def limit_sms(limit: int) -> Iterator[None]:
-    """Kernels whose calls are traced in this context use at most `limit` SMs, and leave the rest to others.
+    """GEMMs whose calls are traced in this context use at most `limit` SMs, and leave the rest to others.
+
+    The other kernels are short and bound by memory; they are not limited.
 
     Under `jax.jit` the limit holds for what is called inside the context, functions traced outside it
     included: JAX traces them again.
