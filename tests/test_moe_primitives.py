@@ -157,7 +157,7 @@ def test_shard_map(planned):
     np.testing.assert_array_equal(out[3:6], local(x[3:6], ids[3:6], WEIGHTS[:3])[0])
 
 
-def test_explicit_meshes_take_jnp(planned):
+def test_operands_on_an_explicit_mesh_have_no_kernel(planned):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         ids = jax.device_put(IDS, NamedSharding(mesh, P("data")))
