@@ -320,8 +320,8 @@ def _as_int32(name, vector, size=None):
     is_vector = len(vector.shape) == 1 and size in (None, *vector.shape)
     if not (is_vector and jnp.issubdtype(vector.dtype, jnp.integer)):
         raise ValueError(f"{expected}, got {vector.dtype} of shape {vector.shape}")
-    vector, limits = jnp.asarray(vector), jnp.iinfo(jnp.int32)
-    if vector.dtype == jnp.int32:
-        return vector
-    given = jnp.iinfo(vector.dtype)
-    return vector.clip(max(given.min, limits.min), min(given.max, limits.max)).astype(jnp.int32)
+    # NumPy's int64 is clipped before JAX, which without x64 wraps it around, gets to see it.
+    given, limits = jnp.iinfo(vector.dtype), jnp.iinfo(jnp.int32)
+    if vector.dtype != jnp.int32:
+        vector = vector.clip(max(given.min, limits.min), min(given.max, limits.max))
+    return jnp.asarray(vector, jnp.int32)

@@ -259,6 +259,16 @@ def test_group_sizes_of_other_integers(rng, dtype):
         np.testing.assert_array_equal(fp8_gemm_ragged_m(lhs, rhs, given), expected)
 
 
+def test_sizes_beyond_int32_do_not_wrap_around(rng):
+    lhs, rhs = operand(rng, M, K), weights(rng, 4, N, K)
+    expected = fp8_gemm_ragged_m(lhs, rhs, jnp.array([3, 0, M - 3, 0], jnp.int32))
+    for dtype in (np.int64, np.uint64):
+        sizes = np.array([3, 0, 2**33 + 1, 2], dtype)
+        np.testing.assert_array_equal(fp8_gemm_ragged_m(lhs, rhs, sizes), expected)
+    negative = np.array([3, -(2**33) + 5, M, 2])
+    np.testing.assert_array_equal(fp8_gemm_ragged_m(lhs, rhs, negative), expected)
+
+
 def test_the_scopes_show_in_the_program(rng):
     for kind in ("ragged_m", "masked", "ragged_k"):
         function, args = cases(rng, kind, [(), (), ()])
