@@ -63,8 +63,9 @@ def _hopper(kind, *operands, out_dtype, **hints):
     (batch, *_, m, n), k = out_shape, lhs.shape[-1]
     groups = 1 if kind == DENSE else rest[0].shape[1]
     _check_sizes(kind, M=m, N=n, K=k, G=groups, batch=batch)
-    if kind in (RAGGED_M, MASKED):
-        _check_sizes(kind, **{"rows of all groups": math.prod(out_shape[:-1])})  # one axis of a tensor map
+    if kind in (RAGGED_M, MASKED):  # each is one axis of a tensor map
+        _check_sizes(kind, **{"groups of all batches": batch * groups,
+                              "rows of all groups": math.prod(out_shape[:-1])})
     problem = GemmProblem(
         m, n, k, batch, lhs_batched=lhs.shape[0] == batch, rhs_batched=rhs.shape[0] == batch, kind=kind,
         groups=groups, lhs_dtype=_DTYPE_NAMES[lhs.dtype], rhs_dtype=_DTYPE_NAMES[rhs.dtype],

@@ -181,6 +181,15 @@ def test_sizes_beyond_31_bits_are_refused(built, name, g, m):
     assert built == []
 
 
+def test_groups_of_a_batch_beyond_31_bits_are_refused(built):
+    batch, g = 2**11, 2**20
+    args = (abstract(1, 16), abstract(batch, g, 1, 16), jax.ShapeDtypeStruct((batch, g), jnp.int32))
+    message = "fp8_gemm_ragged_m: groups of all batches: .* up to .*, got 2147483648; use"
+    with pytest.raises(NotImplementedError, match=message):
+        lower_for_cuda(jax.vmap(fp8_gemm_ragged_m, in_axes=(None, 0, 0)), *args)
+    assert built == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_for_several_platforms(built, kind):
     args = operands(kind)
