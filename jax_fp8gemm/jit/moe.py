@@ -86,7 +86,7 @@ def plan_sort(problem: SortProblem, *, device: Device | None = None) -> LaunchPl
     """
     kernel = sort_kernel(problem, device or current_device())
     ctas = min(ceil_div(problem.ids, kernel.threads), MAX_SORT_CTAS)
-    _check("permute", problem, (problem.batch, problem.ids), problem.batch * ctas)
+    _check(problem, (problem.batch, problem.ids), problem.batch * ctas)
     arguments = *map(Pointer, range(4)), Scalar(problem.ids), Scalar(problem.experts)
     return kernel.plan(problem.batch * ctas, arguments, cluster=ctas,
                        shared_bytes=sort_shared_bytes(kernel.threads, problem.experts))
@@ -138,13 +138,13 @@ def plan_permute(problem: PermuteProblem, *, device: Device | None = None) -> La
     device = (device or current_device()).limited_to(settings.num_sms())
     thread_blocks = choose_thread_blocks(problem, device)
     grid = num_ctas(problem, thread_blocks)
-    _check("permute", problem, (problem.batch, problem.tokens * problem.top_k, problem.columns), grid)
+    _check(problem, (problem.batch, problem.tokens * problem.top_k, problem.columns), grid)
     arguments = *map(Pointer, range(5)), Scalar(problem.tokens), Scalar(problem.columns)
     return permute_kernel(problem, thread_blocks).plan(grid, arguments)
 
 
-def _check(function, problem, sizes, grid):
+def _check(problem, sizes, grid):
     # A kernel numbers what its half warps work on in 32 bits.
     if max(sizes) > MAX_SIZE or grid > MAX_GRID // (THREADS // BLOCK_LANES):
-        raise NotImplementedError(f"{function}: the kernel takes sizes up to {MAX_SIZE}, got {problem}, "
+        raise NotImplementedError(f"permute: the kernel takes sizes up to {MAX_SIZE}, got {problem}, "
                                   f"{grid} CTAs; use implementation='reference'")
