@@ -246,7 +246,7 @@ struct Mainloop {
   static constexpr int kStages = Config::kNumStages, kMaxRoundStages = 8;
   static constexpr bool kRounds = Config::kKind != Kind::kRaggedK && Config::kSplitK == 1 && !kPipelined &&
                                   T::kNumMmaP == 1 && T::kOneScale && T::kNumKBlocks % kStages == 0 &&
-                                  T::kNumKBlocks > kStages&& kStages <= kMaxRoundStages;
+                                  (T::kNumKBlocks > kStages) && (kStages <= kMaxRoundStages);
 
   // One block of K, product by product. Its one Partial keeps the compiler from starting the next product
   // before this one is promoted.

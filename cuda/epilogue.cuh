@@ -142,7 +142,9 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing
   unrolled<T::kNumMmaP * T::kChunksPerMma>([&](auto index) {
     constexpr int i = index / T::kChunksPerMma, c = index % T::kChunksPerMma;
     const int row = first_row + (T::kSwapAB ? 0 : i * kMmaP);
-    if (T::kEndsAnywhere && row >= tile.m_end) return;
+    const int column = first_column + (T::kSwapAB ? i * kMmaP : 0) + c * T::kChunkColumns;
+    // Nothing of this chunk exists: a box that is wholly outside would touch where the map begins.
+    if (T::kEndsAnywhere && (row >= tile.m_end || column >= Config::kN)) return;
     u8* chunk = ring.take();
     // The store that last used this buffer has read it.
     if (W::is_leader()) ptx::tma_store_wait_read<Config::kOutBuffers - 1>();
@@ -151,7 +153,6 @@ __device__ void store_tile_tma(const Accumulators<Config>& accumulators, OutRing
     ptx::fence_proxy_async();
     W::sync();
     if (W::is_leader()) {
-      const int column = first_column + (T::kSwapAB ? i * kMmaP : 0) + c * T::kChunkColumns;
       const RowCoordinates rows =
           row_coordinates<Config, T::kChunkRows>(tile, tile.out_batch, row, arguments.m);
       if constexpr (Config::kAccumulate)

@@ -120,6 +120,12 @@ class Tokamax(RaggedDot):
             raise Absent(f"tokamax cannot be imported: {type(error).__name__}: {error}") from None
         self._ragged_dot = tokamax.ragged_dot
 
+    def _compile(self, workload, calls):
+        try:
+            return super()._compile(workload, calls)
+        except ValueError as error:  # such as for numbers of tokens that are no multiple of 8
+            raise Unsupported(f"tokamax: {str(error).splitlines()[0]}") from None
+
     def gemm(self, workload, lhs, rhs, group_sizes):
         return self._ragged_dot(lhs, rhs, group_sizes=group_sizes, preferred_element_type=jnp.bfloat16)
 

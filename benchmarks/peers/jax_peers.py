@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from benchmarks.operands import SCALE_BLOCK, Operands
-from benchmarks.peers.base import Absent, Peer
+from benchmarks.peers.base import Absent, Peer, Unsupported
 from benchmarks.timing import Call
 from benchmarks.workloads import Workload
 from jax_fp8gemm import ScaledArray, fp8_gemm
@@ -70,7 +71,11 @@ class JaxPeer(Peer):
         if programs:
             jobs += [(workload, workload.program_calls) for workload in workloads]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: self._compile(*job), jobs))
+            list(pool.map(lambda job: self._compile_if_supported(*job), jobs))
+
+    def _compile_if_supported(self, workload: Workload, calls: int) -> None:
+        with contextlib.suppress(Unsupported):  # `bind` will say why
+            self._compile(workload, calls)
 
     def bind(self, operands: Operands) -> Call:
         return self._call(operands, 1)
