@@ -28,6 +28,19 @@ struct ThreadPlace {
 // Keeps what is computed from `value` behind this point.
 __device__ __forceinline__ void compute_from_here(float& value) { asm volatile("" : "+f"(value)); }
 
+// rn(a * b) by an FMA with -0, which changes no product: ptxas lets every other FFMA yield to the warps that
+// feed the tensor core, but no FMUL.
+struct FmaProduct {
+  float minus_zero;  // in a register: ptxas would make an FMUL of a constant
+
+  __device__ FmaProduct() { asm volatile("mov.f32 %0, 0f80000000;" : "=f"(minus_zero)); }
+  __device__ float operator()(float a, float b) const {
+    float product;
+    asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(product) : "f"(a), "f"(b), "f"(minus_zero));
+    return product;
+  }
+};
+
 // scale(row, j, column) = rn(lhs scale * rhs scale) for row 0, 1 of a fragment, its j-th group of 8 columns,
 // column 0, 1. kFirstColumns of a warpgroup's columns belong to the first 128-block of rhs that it touches.
 //
@@ -43,6 +56,7 @@ struct Scales {
   static constexpr bool kReadLate = true;
   float rows[2];
   const float* columns;
+  FmaProduct product;
 
   __device__ void load(const SharedStorage<Config>& shared, u32 stage, ThreadPlace<Config> at, int, int,
                        int mma) {
@@ -60,7 +74,7 @@ struct Scales {
 
   __device__ float operator()(int row, int j, int column) const {
     const float2 pair = *reinterpret_cast<const float2*>(&columns[j * 8]);
-    return __fmul_rn(rows[row], column == 0 ? pair.x : pair.y);
+    return product(rows[row], column == 0 ? pair.x : pair.y);
   }
 };
 
