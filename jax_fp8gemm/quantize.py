@@ -14,7 +14,7 @@ from jax_fp8gemm.operation import IMPLEMENTATIONS, bind_or_reference, match_vary
 from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p, quantize_transposed_p
 from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
-_INPUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+INPUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 
 
 def quantize(
@@ -60,15 +60,15 @@ def quantize(
       ((4, 256), (4, 2))
     """
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
-    _check("quantize", x, dtype, implementation)
+    check_quantizable("quantize", x, dtype, implementation)
     if granularity not in GRANULARITIES:
         raise ValueError(f"quantize: expected a granularity of {GRANULARITIES}, got {granularity!r}")
     with jax.named_scope("fp8_quantize"):
         if implementation == "reference" or (implementation is None and not suits_kernel(x)):
             return ScaledArray(*reference.quantize(x, granularity=granularity, dtype=dtype), granularity)
-        values, scales = quantize_p.bind(_with_one_batch_axis(x), granularity=granularity, dtype=dtype,
+        values, scales = quantize_p.bind(with_one_batch_axis(x), granularity=granularity, dtype=dtype,
                                          implementation=implementation)
-        return _with_leading_axes(x, values, scales, granularity)
+        return with_leading_axes(x, values, scales, granularity)
 
 
 def quantize_swiglu(
@@ -112,7 +112,7 @@ def quantize_swiglu(
       ((4, 256), Array(0.730469, dtype=bfloat16), Array(0, dtype=bfloat16))
     """
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
-    _check("quantize_swiglu", x, dtype, implementation)
+    check_quantizable("quantize_swiglu", x, dtype, implementation)
     if x.shape[-1] % 2:
         raise ValueError(
             f"quantize_swiglu: x: expected an even number of columns, gate and up, got shape {x.shape}")
@@ -121,10 +121,10 @@ def quantize_swiglu(
         kind = _kind_of_groups(x, group_sizes)
         sizes = [group_sizes[None] if kind == RAGGED_M else group_sizes]
     with jax.named_scope("fp8_quantize_swiglu"):
-        operands = match_varying(_with_one_batch_axis(x), *sizes)
+        operands = match_varying(with_one_batch_axis(x), *sizes)
         values, scales = bind_or_reference(quantize_swiglu_p, reference.quantize_swiglu, *operands, kind=kind,
                                            dtype=dtype, implementation=implementation)
-        return _with_leading_axes(x, values, scales, ROW_BLOCKS)
+        return with_leading_axes(x, values, scales, ROW_BLOCKS)
 
 
 def quantize_transposed(
@@ -163,26 +163,26 @@ def quantize_transposed(
       ((64, 256), Array([1, 2, 0], dtype=bfloat16), Array([4, 8, 16, 0], dtype=bfloat16))
     """
     x, dtype = jnp.asarray(x), jnp.dtype(dtype)
-    _check("quantize_transposed", x, dtype, implementation)
+    check_quantizable("quantize_transposed", x, dtype, implementation)
     if x.ndim != 2:
         raise ValueError(
             f"quantize_transposed: x: expected [T, N], got shape {x.shape}; use jax.vmap for more")
-    _check_is_int32("quantize_transposed: group_sizes", group_sizes)
+    check_is_int32("quantize_transposed: group_sizes", group_sizes)
     if group_sizes.ndim != 1:
         raise ValueError(
             f"quantize_transposed: group_sizes: expected one axis, got shape {group_sizes.shape}")
     with jax.named_scope("fp8_quantize_transposed"):
-        operands = match_varying(_with_one_batch_axis(x), jnp.asarray(group_sizes).reshape(1, -1))
+        operands = match_varying(with_one_batch_axis(x), jnp.asarray(group_sizes).reshape(1, -1))
         values, scales = bind_or_reference(quantize_transposed_p, reference_moe.quantize_transposed,
                                            *operands, dtype=dtype, implementation=implementation)
-        return _with_leading_axes(x, values, scales, ROW_BLOCKS)
+        return with_leading_axes(x, values, scales, ROW_BLOCKS)
 
 
-def _check(function, x, dtype, implementation):
-    if x.dtype not in _INPUT_DTYPES:
-        raise ValueError(f"{function}: expected x of dtype bfloat16, float16 or float32, got {x.dtype}")
+def check_quantizable(function, x, dtype, implementation, name="x"):
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"{function}: expected {name} of dtype bfloat16, float16 or float32, got {x.dtype}")
     if x.ndim < 2:
-        raise ValueError(f"{function}: expected x with at least two axes, got shape {x.shape}")
+        raise ValueError(f"{function}: expected {name} with at least two axes, got shape {x.shape}")
     if dtype not in FLOAT8_DTYPES:
         raise ValueError(f"{function}: expected dtype float8_e4m3fn or float8_e5m2, got {dtype}")
     if implementation not in IMPLEMENTATIONS:
@@ -190,14 +190,14 @@ def _check(function, x, dtype, implementation):
             f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
 
 
-def _check_is_int32(name, group_sizes):
+def check_is_int32(name, group_sizes):
     if not is_array(group_sizes) or group_sizes.dtype != jnp.int32:
         came = group_sizes.dtype if is_array(group_sizes) else type(group_sizes).__name__
         raise ValueError(f"{name}: expected an int32 array, got {came}")
 
 
 def _kind_of_groups(x, group_sizes):
-    _check_is_int32("quantize_swiglu: group_sizes", group_sizes)
+    check_is_int32("quantize_swiglu: group_sizes", group_sizes)
     if x.ndim not in (2, 3):
         raise ValueError(f"quantize_swiglu: x: expected [M, 2F] or [G, M, 2F] with group_sizes, got shape "
                          f"{x.shape}; use jax.vmap for more")
@@ -207,11 +207,11 @@ def _kind_of_groups(x, group_sizes):
     return RAGGED_M if x.ndim == 2 else MASKED
 
 
-def _with_one_batch_axis(x):
+def with_one_batch_axis(x):
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
-def _with_leading_axes(x, values, scales, granularity):
+def with_leading_axes(x, values, scales, granularity):
     """The inverse, for the results."""
     values, scales = (y.reshape(*x.shape[:-2], *y.shape[1:]) for y in (values, scales))
     return ScaledArray(values, scales, granularity)
