@@ -126,8 +126,11 @@ def _extension() -> Check:
 def _surroundings() -> list[tuple[str, str]]:
     """What the kernels can do without: the cache, measurements, the environment."""
     device = current_device()
-    shipped, own = (len(tuned.load(path)) for path in (tuned.shipped_table(device), tuned.user_table(device)))
-    rows = [("cache", cache_state()), ("measured", f"{shipped} shipped, {own} of your own for {device.name}")]
+    shipped = {name: len(tuned.load(path)) for name, path in tuned.shipped_tables(device).items()}
+    counts = [f"{count} in the {name}" for name, count in shipped.items() if count]
+    own = f"{len(tuned.load(tuned.user_table(device)))} of your own"
+    measured = f"{', '.join([*counts, own])}, for {device.name}"
+    rows = [("cache", cache_state()), ("measured", measured)]
     return rows + [("set", f"{v.name}={v.get()}") for v in settings.VARIABLES if v.get()]
 
 

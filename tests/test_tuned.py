@@ -8,7 +8,7 @@ import pytest
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import Choice, choose
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.device import H200, KNOWN_DEVICES
+from jax_fp8gemm.jit.device import H200, KNOWN_DEVICES, find_device
 from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 
@@ -22,7 +22,7 @@ def tables(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_FP8GEMM_CACHE_DIR", str(tmp_path / "cache"))
     shipped = tmp_path / "shipped" / "nvidia-h200.json"
     shipped.parent.mkdir()
-    monkeypatch.setattr(tuned, "shipped_table", lambda device: shipped)
+    monkeypatch.setattr(tuned, "shipped_table", lambda device: shipped.with_name(f"{device.slug}.json"))
     return tuned.user_table(H200), shipped
 
 
@@ -78,6 +78,32 @@ def test_a_batch_invariant_problem_passes_over_split_k(tables, caplog):
     assert caplog.text == ""
     assert choose(invariant, H200) == Choice(SHIPPED, "shipped table")
     assert caplog.text == ""
+
+
+H100, UNKNOWN = find_device("NVIDIA H100 80GB HBM3"), find_device("NVIDIA GH200 480GB", 132)
+
+
+def test_a_gpu_with_the_same_sms_takes_the_shipped_winners_after_its_own(tables):
+    users, shipped = tables
+    tuned.add(users, H200, [entry(USERS)])
+    assert choose(PROBLEM, H100).source == "model", "another GPU's table of the user's"
+    tuned.add(shipped, H200, [entry(SHIPPED)])
+    for device in (H100, UNKNOWN):
+        assert choose(PROBLEM, device) == Choice(SHIPPED, "shipped table of the NVIDIA H200")
+    near = dataclasses.replace(PROBLEM, m=4000)
+    tuned.add(tuned.shipped_table(H100), H100, [entry(OTHER, m=4000)])
+    assert choose(near, H100) == Choice(OTHER, "shipped table")
+    assert choose(PROBLEM, H100).config == SHIPPED, "the exact M goes before the nearest"
+    tuned.add(tuned.user_table(H100), H100, [entry(USERS)])
+    assert choose(PROBLEM, H100) == Choice(USERS, "your table")
+
+
+@pytest.mark.parametrize("device", [
+    find_device("NVIDIA H100 PCIe"), find_device("NVIDIA H20"), find_device("NVIDIA GH200 480GB", 114),
+    H100.limited_to(100)], ids=str)
+def test_a_gpu_with_other_sms_does_not_take_them(tables, device):
+    tuned.add(tables[1], H200, [entry(SHIPPED)])
+    assert choose(PROBLEM, device).source == "model"
 
 
 def test_a_limited_device_has_no_measurements(tables):

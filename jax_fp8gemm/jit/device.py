@@ -42,6 +42,11 @@ class Device:
             return self
         return dataclasses.replace(self, num_sms=num_sms, is_limited=True)
 
+    def computes_like(self, other: Device) -> bool:
+        """Whether the two differ in memory and clock alone: what fills the SMs of one fills the other's."""
+        alike = lambda device: (device.num_sms, device.flops_per_cycle, device.shared_bytes)
+        return alike(self) == alike(other)
+
 
 # The H200's rates are measured, the others' are scaled from it by the data sheets.
 H200 = Device("NVIDIA H200", num_sms=132)

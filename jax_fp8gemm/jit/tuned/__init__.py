@@ -5,8 +5,9 @@ A table is `{"device": …, "entries": [{"problem": …, "config": …, "microse
 and config hold the fields of `GemmProblem` and `GemmConfig` that differ from their defaults. An entry serves
 its own number of tokens (`tokens`) and, where no table has the exact one, every number of the same bucket
 (`bucket`) with otherwise equal facts; among those the nearest counts, of tokens before groups. The user's
-table goes before the shipped one. An entry that is malformed, or illegal for the problem, is ignored with a
-log line.
+table goes before the shipped one, and that before those of GPUs with as many SMs of the same kind: an H100
+gets the H200's winners where it has none of its own. An entry that is malformed, or illegal for the problem,
+is ignored with a log line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import filelock
 
 from jax_fp8gemm.jit import settings
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.device import Device
+from jax_fp8gemm.jit.device import KNOWN_DEVICES, Device
 from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import KINDS, RAGGED_K, TMA_ALIGNMENT, GemmProblem, round_up
 
@@ -84,6 +85,13 @@ def shipped_table(device: Device) -> pathlib.Path:
     return pathlib.Path(__file__).parent / f"{device.slug}.json"
 
 
+def shipped_tables(device: Device) -> dict[str, pathlib.Path]:
+    """The device's own shipped table, then those of GPUs that compute like it, by what they are called."""
+    relatives = [d for d in KNOWN_DEVICES if d.name != device.name and d.computes_like(device)]
+    return {SHIPPED: shipped_table(device)} | {
+        f"{SHIPPED} of the {relative.name}": shipped_table(relative) for relative in relatives}
+
+
 def user_table(device: Device) -> pathlib.Path | None:
     """The user's own table; None where there is no cache folder to keep it in."""
     folder = settings.cache_dir()
@@ -123,8 +131,8 @@ def find(problem: GemmProblem, device: Device) -> tuple[GemmConfig, str] | None:
     """
     if device.is_limited:
         return None
-    near = []
-    for order, (name, path) in enumerate(((USER, user_table(device)), (SHIPPED, shipped_table(device)))):
+    near, tables = [], {USER: user_table(device)} | shipped_tables(device)
+    for order, (name, path) in enumerate(tables.items()):
         for entry in load(path):
             if problem.batch_invariant and entry.config.split_k > 1:
                 continue
