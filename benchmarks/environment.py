@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
 import subprocess
 from typing import Any
 
+COMMIT = "BENCHMARK_COMMIT"  # environment variable: the commit, for a copy of the checkout without history
 SCHEMA = 1  # of the JSON files; a change that old readers misread counts it up
 RESULTS = pathlib.Path(__file__).parent / "results"
 _PACKAGES = (
@@ -51,13 +53,19 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _commit() -> str:
+    if commit := os.environ.get(COMMIT):
+        return commit
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = "+changes" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return commit + changed or "unknown"
+
+
 def describe(kind: str) -> dict[str, Any]:
     """The head of a JSON file: kind of benchmark, date, GPU, driver, versions, commit."""
     gpu, _, driver = _output(
         "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"
     ).partition(", ")
-    commit = _output("git", "rev-parse", "HEAD")
-    changed = "+changes" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -66,7 +74,7 @@ def describe(kind: str) -> dict[str, Any]:
         "gpu": gpu or "none",
         "driver": driver or "none",
         "versions": _versions(),
-        "commit": commit + changed or "unknown",
+        "commit": _commit(),
     }
 
 

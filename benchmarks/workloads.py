@@ -250,7 +250,7 @@ GROUPED_TAGS = {
     "masked_few": "the masked ones of 16 or 20 tokens per expert",
     "ragged_k": "weight gradients",
     "small_experts": "many experts of sizes that are no multiple of 128",
-    "ragged_dot": "a shape that jax.lax.ragged_dot is measured at",
+    "ragged_dot": "compared with jax.lax.ragged_dot and tokamax too",
     "sustained": "also run back to back for seconds, where power limits",
     "quick": "the short list behind --quick",
 }
@@ -259,6 +259,8 @@ _MASKED = ((1, 1182), (2, 518), (4, 262), (32, 20), (32, 195), (8, 16))
 _FEW_TOKENS = 32
 _ROOM = 1.4  # for the tokens of a masked group, over the mean
 _GROUPED_SUSTAINED = {"ragged_m-4x8192-4096x7168", "ragged_k-4x8192-4096x7168"}
+_GROUPED_RAGGED_DOT = {"masked-32x20-4096x7168", "masked-32x20-7168x2048", "ragged_k-4x8192-4096x7168",
+                       "ragged_k-4x8192-7168x2048"}
 _GROUPED_QUICK = {"ragged_m-4x8192-4096x7168", "masked-32x20-4096x7168", "ragged_k-4x8192-4096x7168"}
 
 
@@ -277,8 +279,8 @@ def _routed(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
 
 def _grouped(kind: str, m: int, n: int, k: int, group_sizes: tuple[int, ...], *tags: str) -> GroupedWorkload:
     plain = GroupedWorkload(kind, m, n, k, group_sizes, frozenset(tags))
-    extra = {tag for tag, names in (("quick", _GROUPED_QUICK), ("sustained", _GROUPED_SUSTAINED))
-             if plain.name in names}
+    extra = {tag for tag, names in (("quick", _GROUPED_QUICK), ("sustained", _GROUPED_SUSTAINED),
+                                    ("ragged_dot", _GROUPED_RAGGED_DOT)) if plain.name in names}
     return dataclasses.replace(plain, tags=plain.tags | extra)
 
 

@@ -12,7 +12,6 @@ from benchmarks.peers.jax_peers import JaxPeer, dequantize
 from benchmarks.workloads import GroupedWorkload
 from jax_fp8gemm import ScaledArray, fp8_gemm_masked, fp8_gemm_ragged_k, fp8_gemm_ragged_m
 
-MAX_GROUPS = 32  # for lax.ragged_dot
 _ROWS, _SQUARES = (1, SCALE_BLOCK), (SCALE_BLOCK, SCALE_BLOCK)
 
 
@@ -58,7 +57,7 @@ class GroupedFp8Gemm(JaxPeer):
 class RaggedDot(JaxPeer):
     """bf16 on the tokens that there are, one group's after the other's: a masked workload is packed.
 
-    Kernel time alone: XLA tunes each program for so long that larger ones are not worth it.
+    Only on workloads tagged for it, and kernel time alone: XLA tunes each of its programs for long.
     """
 
     title = "lax.ragged_dot bf16"
@@ -66,9 +65,7 @@ class RaggedDot(JaxPeer):
 
     def refusal(self, workload: GroupedWorkload) -> str | None:
         """Why it does not take a workload."""
-        if workload.groups > MAX_GROUPS:
-            return f"it does the dense work of every group: compared up to {MAX_GROUPS} groups"
-        return None
+        return None if "ragged_dot" in workload.tags else "compared on some of the workloads"
 
     def prepare(self, workloads, programs=False):
         super().prepare([workload for workload in workloads if not self.refusal(workload)])
@@ -130,7 +127,9 @@ class Tokamax(RaggedDot):
         return self._ragged_dot(lhs, rhs, group_sizes=group_sizes, preferred_element_type=jnp.bfloat16)
 
     def refusal(self, workload):
-        return "tokamax.ragged_dot has no ragged contraction" if workload.kind == "ragged_k" else None
+        if workload.kind == "ragged_k":
+            return "tokamax.ragged_dot has no ragged contraction"
+        return super().refusal(workload)
 
 
 @jax.jit
