@@ -42,10 +42,14 @@ class Activity:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Times of one call, in microseconds, and the kernels that it ran."""
+    """Times of one call, in microseconds, the kernels that it ran, and the median time of each.
+
+    A kernel that runs several times in a call counts with its sum.
+    """
 
     times: tuple[float, ...]
     kernels: tuple[str, ...] = ()
+    kernel_times: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -94,6 +98,14 @@ def split_at(marker: str, activities: Iterable[Activity]) -> list[list[Activity]
         elif groups:
             groups[-1].append(activity)
     return groups
+
+
+def _samples(runs: Sequence[Sequence[Activity]]) -> Samples:
+    """The samples of one call, given what ran on the device in each of its runs."""
+    kernels = tuple(activity.name for activity in runs[-1])
+    time_of = lambda kernel, run: sum(a.end - a.start for a in run if a.name == kernel) / 1e3
+    kernel_times = {kernel: statistics.median(time_of(kernel, run) for run in runs) for kernel in kernels}
+    return Samples(tuple(busy_time(run) / 1e3 for run in runs), kernels, kernel_times)
 
 
 def _record(work: Callable[[], None]) -> list[Activity]:
@@ -162,12 +174,10 @@ class KernelTimer:
         shuffle = random.Random(0)
         order = [name for _ in range(repeats) for name in shuffle.sample(list(calls), len(calls))]
         groups = self._groups([calls[name] for name in order])
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        kernels: dict[str, list[str]] = {}
+        runs: dict[str, list[list[Activity]]] = {name: [] for name in calls}
         for name, group in zip(order, groups, strict=True):
-            times[name].append(busy_time(group) / 1e3)
-            kernels[name] = [activity.name for activity in group]
-        return {name: Samples(tuple(times[name]), tuple(kernels[name])) for name in calls}
+            runs[name].append(group)
+        return {name: _samples(of_call) for name, of_call in runs.items()}
 
     def _groups(self, calls: Sequence[Call]) -> list[list[Activity]]:
         def work() -> None:

@@ -216,6 +216,47 @@ class MoeWorkload:
         return 3 * self.tokens * self.columns + 4 * -(-self.tokens // 128) * self.columns
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingWorkload:
+    """Forward and backward of a layer on bf16 x [tokens, K].
+
+    Attributes:
+      tokens, k: of x.
+      n: x @ w [K, N], without groups.
+      f: of experts, w [G, K, 2F] and [G, F, K].
+      group_sizes: tokens of each expert.
+    """
+
+    tokens: int
+    k: int
+    n: int = 0
+    f: int = 0
+    group_sizes: tuple[int, ...] = ()
+
+    @property
+    def out_features(self) -> int:
+        return self.k if self.group_sizes else self.n
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, ...], ...]:
+        if not self.group_sizes:
+            return ((self.k, self.n),)
+        groups = len(self.group_sizes)
+        return (groups, self.k, 2 * self.f), (groups, self.f, self.k)
+
+    @property
+    def name(self) -> str:
+        if not self.group_sizes:
+            return f"{self.tokens}x{self.k}x{self.n}"
+        groups = len(self.group_sizes)
+        return f"{groups}x{round(self.tokens / groups)} experts {self.k}x{self.f}"
+
+    @property
+    def flops(self) -> int:
+        """Of the three GEMMs that each weight has."""
+        return 6 * self.tokens * self.k * (3 * self.f if self.group_sizes else self.n)
+
+
 TAGS = {
     "decode": "a few tokens: bound by reading the weights",
     "batch": "64 or 128 tokens: still bound by the weights, with arithmetic to hide",
@@ -327,6 +368,15 @@ MOE_WORKLOADS: tuple[MoeWorkload, ...] = (
     *(MoeWorkload("unpermute", t, k, 256, 8) for t in _MOE_TOKENS for k in (2048, 7168)),
     *(MoeWorkload("transpose", t, n, 8, 1) for t in (4096, 8192, 32768) for n in (2048, 4096, 7168)),
     *(MoeWorkload("transpose", 32768, 7168, g, 1) for g in (1, 32, 256)),
+)
+
+
+_MARIN_EXPERTS = tuple(np.random.default_rng(0).integers(1024, 1281, 64).tolist())
+TRAINING_WORKLOADS: tuple[TrainingWorkload, ...] = (
+    TrainingWorkload(4096, 7168, n=4096),
+    TrainingWorkload(4096, 7168, n=18432),
+    TrainingWorkload(8 * 4096, 7168, f=2048, group_sizes=(4096,) * 8),
+    TrainingWorkload(sum(_MARIN_EXPERTS), 2560, f=1280, group_sizes=_MARIN_EXPERTS),
 )
 
 

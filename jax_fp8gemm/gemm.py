@@ -116,7 +116,7 @@ def fp8_gemm_ragged_m(
     """
     function = "fp8_gemm_ragged_m"
     _check_operands(function, lhs, rhs, lhs_axes=("M K",), rhs_axes=("G N K",))
-    group_sizes = _as_int32(f"{function}: group_sizes", group_sizes, rhs.shape[0])
+    group_sizes = as_int32_vector(f"{function}: group_sizes", group_sizes, rhs.shape[0])
     options = _check_options(function, out_dtype, implementation)
     return _bind(gemm_ragged_m_p, lhs, rhs, group_sizes, **options)
 
@@ -167,7 +167,7 @@ def fp8_gemm_masked(
     if lhs.shape[0] != rhs.shape[0]:
         raise ValueError(f"{function}: rhs: expected G = {lhs.shape[0]} in the first axis, as in lhs of "
                          f"shape {lhs.shape}, got shape {rhs.shape}")
-    group_sizes = _as_int32(f"{function}: group_sizes", group_sizes, rhs.shape[0])
+    group_sizes = as_int32_vector(f"{function}: group_sizes", group_sizes, rhs.shape[0])
     if expected_group_size is not None:
         expected_group_size = _as_whole(f"{function}: expected_group_size", expected_group_size, 1)
     options = _check_options(function, out_dtype, implementation)
@@ -219,7 +219,7 @@ def fp8_gemm_ragged_k(
     """
     function = "fp8_gemm_ragged_k"
     _check_operands(function, lhs, rhs, lhs_axes=("M K",), rhs_axes=("N K",), rhs_granularities=(ROW_BLOCKS,))
-    extra = [_as_int32(f"{function}: group_sizes", group_sizes)]
+    extra = [as_int32_vector(f"{function}: group_sizes", group_sizes)]
     options = _check_options(function, out_dtype, implementation)
     if accumulator is not None:
         out_shape = *extra[0].shape, lhs.shape[0], rhs.shape[0]
@@ -248,7 +248,7 @@ def group_sizes_from_ids(ids: Int32[Array, " M"], num_groups: int) -> Int32[Arra
       >>> group_sizes_from_ids(jnp.array([0, 0, -1, -1, 2, 2, 2, -1]), 4)
       Array([4, 0, 3, 0], dtype=int32)
     """
-    ids = _as_int32("group_sizes_from_ids: ids", ids)
+    ids = as_int32_vector("group_sizes_from_ids: ids", ids)
     num_groups = _as_whole("group_sizes_from_ids: num_groups", num_groups, 0)
     is_trailing = lax.cummax(ids, reverse=True) < 0
     groups = jnp.where(is_trailing, num_groups, jnp.maximum(lax.cummax(ids), 0))
@@ -312,7 +312,7 @@ def _as_whole(name, value, minimum):
     return int(value)
 
 
-def _as_int32(name, vector, size=None):
+def as_int32_vector(name, vector, size=None):
     """The vector as int32, in which what does not fit is the nearest number that does."""
     expected = f"{name}: expected integers of shape ({'G' if size is None else size},)"
     if not is_array(vector):
