@@ -1,4 +1,4 @@
-"""Writes a table of the README from the results of bench_dense or bench_grouped, between its two markers.
+"""Writes a table of the README from the results of a benchmark, between its two markers.
 
 python -m benchmarks.readme_table                          # the dense result in benchmarks/results
 python -m benchmarks.readme_table benchmarks/results/grouped-nvidia-h200.json
@@ -73,6 +73,10 @@ LAYOUTS = {
 }
 
 
+_BF16_TITLES = {"bf16": "`jnp.dot`", "ragged_dot": "`lax.ragged_dot`", "tokamax": "tokamax"}
+KINDS = (*LAYOUTS, "training")
+
+
 def markers(kind: str) -> tuple[str, str]:
     """The lines of the README between which the table of a kind stands."""
     name = "benchmark" if kind == "dense" else f"benchmark:{kind}"
@@ -129,6 +133,36 @@ def table(report: Mapping[str, Any]) -> str:
     Raises:
       ValueError: the report has no row with kernel times for the table.
     """
+    return training_table(report) if report["kind"] == "training" else gemm_table(report)
+
+
+def training_table(report: Mapping[str, Any]) -> str:
+    """Forward and backward of layers, with the share of quantisation, against the best that bf16 reaches."""
+    columns = ("layer", "jax_fp8gemm us", "of it GEMMs us", "quantisation us", "with prepared weights us",
+               "best bf16 us", "by", "over it", "with prepared weights")
+    lines = [_head(report), "", _line([*columns]), "|" + "---:|" * len(columns)]
+    lines += [_training_row(row) for row in report["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _training_row(row: Mapping[str, Any]) -> str:
+    results, speedup = row["results"], row["speedup_over_best_bf16"]
+    parts = results["fp8"]["parts_us"]
+    times = {name: found["median_us"] for name, found in results.items()}
+    best = min(times.keys() & _BF16_TITLES.keys(), key=times.get, default=None)
+    return _line([
+        row["workload"],
+        f"{times['fp8']:.0f}",
+        f"{parts['gemm']:.0f}",
+        f"{parts['quantize']:.0f} ({parts['quantize'] / sum(parts.values()):.0%})",
+        f"{times['fp8_prepared']:.0f}",
+        *((f"{times[best]:.0f}", _BF16_TITLES[best]) if best else ("-", "-")),
+        *(f"{speedup[name]:.2f}x" if best else "-" for name in ("fp8", "fp8_prepared")),
+    ])
+
+
+def gemm_table(report: Mapping[str, Any]) -> str:
+    """GEMMs of one kind against their peers."""
     layout = LAYOUTS[report["kind"]]
     rows = [row for row in report["rows"] if layout.tags.keys() & set(row["tags"]) and _kernel(row, _OURS)]
     if not rows:
@@ -136,8 +170,7 @@ def table(report: Mapping[str, Any]) -> str:
         raise ValueError(f"report: expected {tags} rows with kernel times of {_OURS}, got none")
     header = [*layout.sizes, *layout.times.values(), "TFLOPS", "GB/s", *layout.ratios.values()]
     lines = [
-        f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. "
-        f"Kernel time, cold L2, median of {report['repeats']} interleaved runs in one process.",
+        _head(report),
         "",
         _line(header),
         "|" + "---:|" * len(header),
@@ -146,6 +179,11 @@ def table(report: Mapping[str, Any]) -> str:
         *_means(report, layout),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(report: Mapping[str, Any]) -> str:
+    return (f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. "
+            f"Kernel time, cold L2, median of {report['repeats']} interleaved runs in one process.")
 
 
 def _means(report: Mapping[str, Any], layout: Layout) -> list[str]:
@@ -184,11 +222,11 @@ def main() -> int:
         type=pathlib.Path,
         nargs="?",
         default=environment.RESULTS / "dense-nvidia-h200.json",
-        help="JSON file of bench_dense or bench_grouped",
+        help="JSON file of bench_dense, bench_grouped or bench_training",
     )
     parser.add_argument("--readme", type=pathlib.Path, default=README)
     arguments = parser.parse_args()
-    report = environment.read(arguments.report, *LAYOUTS)
+    report = environment.read(arguments.report, *KINDS)
     arguments.readme.write_text(insert(arguments.readme.read_text(), table(report), report["kind"]))
     return 0
 

@@ -100,7 +100,7 @@ def split_at(marker: str, activities: Iterable[Activity]) -> list[list[Activity]
     return groups
 
 
-def _samples(runs: Sequence[Sequence[Activity]]) -> Samples:
+def samples_of(runs: Sequence[Sequence[Activity]]) -> Samples:
     """The samples of one call, given what ran on the device in each of its runs."""
     kernels = tuple(activity.name for activity in runs[-1])
     time_of = lambda kernel, run: sum(a.end - a.start for a in run if a.name == kernel) / 1e3
@@ -177,7 +177,7 @@ class KernelTimer:
         runs: dict[str, list[list[Activity]]] = {name: [] for name in calls}
         for name, group in zip(order, groups, strict=True):
             runs[name].append(group)
-        return {name: _samples(of_call) for name, of_call in runs.items()}
+        return {name: samples_of(of_call) for name, of_call in runs.items()}
 
     def _groups(self, calls: Sequence[Call]) -> list[list[Activity]]:
         def work() -> None:
