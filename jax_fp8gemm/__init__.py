@@ -1,5 +1,7 @@
 """FP8 GEMMs with block scales for JAX, on hand-written Hopper kernels."""
 
+from jax_fp8gemm.autodiff import dot, feed_forward, ragged_dot, ragged_feed_forward
+from jax_fp8gemm.autodiff_rules import GEMM_NAME, RESIDUAL_NAME
 from jax_fp8gemm.gemm import (
     fp8_gemm,
     fp8_gemm_masked,
@@ -9,16 +11,23 @@ from jax_fp8gemm.gemm import (
 )
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.moe import permute, unpermute
+from jax_fp8gemm.prepared import PreparedWeight, prepare
 from jax_fp8gemm.primitives import export_checks, save_gemms
 from jax_fp8gemm.quantize import dequantize, quantize, quantize_swiglu, quantize_transposed
+from jax_fp8gemm.quantize_training import quantize_both, quantize_swiglu_backward, quantize_weights
 from jax_fp8gemm.scaling import ScaledArray, ragged_k_size, register_flax_serialization
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GEMM_NAME",
+    "RESIDUAL_NAME",
+    "PreparedWeight",
     "ScaledArray",
     "dequantize",
+    "dot",
     "export_checks",
+    "feed_forward",
     "fp8_gemm",
     "fp8_gemm_masked",
     "fp8_gemm_ragged_k",
@@ -26,9 +35,15 @@ __all__ = [
     "group_sizes_from_ids",
     "limit_sms",
     "permute",
+    "prepare",
     "quantize",
+    "quantize_both",
     "quantize_swiglu",
+    "quantize_swiglu_backward",
     "quantize_transposed",
+    "quantize_weights",
+    "ragged_dot",
+    "ragged_feed_forward",
     "ragged_k_size",
     "register_flax_serialization",
     "save_gemms",
