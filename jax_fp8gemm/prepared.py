@@ -62,7 +62,7 @@ def prepare(w: Float[Array, "*batch K N"], *, implementation: str | None = None)
       ...     return jax.lax.map(lambda x: dot(x, w_fp8).sum(), microbatches).sum()
       >>> dw = jax.grad(loss)(jnp.ones((256, 128)), jnp.ones((2, 16, 256), jnp.bfloat16))
       >>> dw.shape, dw.dtype, dw[0, 0].round(3)
-      ((256, 128), dtype('float32'), Array(32, dtype=float32))
+      ((256, 128), dtype('float32'), Array(32., dtype=float32))
     """
     check_float("prepare: w", w, "[*, K, N]", lambda rank: rank >= 2)
     # The copies are constants to differentiation: nothing flows back through them, not even zeros.
