@@ -1,0 +1,121 @@
+"""The layers of DeepSeek-V3 as functions of their parameters: activations are bf16, parameters f32.
+
+Letters of axes: B sequences, S tokens of a sequence, T = B * S tokens, D hidden, H heads, R rotated features,
+E experts, k experts of a token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from examples.deepseek.config import Config
+from examples.deepseek.precision import Ops
+
+
+def rms_norm(x, weight):
+    """x [*, D] over its root mean square, times weight [D], in f32."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def rotate(x, theta):
+    """Rotary positions: x [B, S, H, R] with features i and i + R/2 turned by position * theta^(-2i/R)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies  # [S, 1, R/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def attention(params, x, config: Config, ops: Ops):
+    """Multi-head latent attention: x [B, S, D] -> [B, S, D].
+
+    Queries come from one compressed vector of a token, keys and values from another. Positions are in a part
+    of their own, `rope_dim` features that are rotated, and that all heads share in the keys. One GEMM makes
+    both compressed vectors and the shared keys.
+    """
+    lead, heads = x.shape[:2], config.heads
+    compressed = ops.dot(x, params["compress"])
+    q, kv, k_rope = jnp.split(compressed, [config.q_rank, config.q_rank + config.kv_rank], axis=-1)
+
+    q = ops.dot(rms_norm(q, params["q_norm"]), params["q_up"]).reshape(*lead, heads, config.qk_dim)
+    q_nope, q_rope = jnp.split(q, [config.nope_dim], axis=-1)
+    q = jnp.concatenate([q_nope, rotate(q_rope, config.rope_theta)], axis=-1)
+
+    kv = ops.dot(rms_norm(kv, params["kv_norm"]), params["kv_up"])
+    k_nope, v = jnp.split(kv.reshape(*lead, heads, -1), [config.nope_dim], axis=-1)
+    k_rope = rotate(k_rope[:, :, None], config.rope_theta)
+    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*lead, heads, config.rope_dim))], axis=-1)
+
+    out = causal_attention(q, k, v, config.attention)
+    return ops.dot(out.reshape(*lead, heads * config.v_dim), params["out"])
+
+
+def causal_attention(q, k, v, implementation):
+    """q, k [B, S, H, Q], v [B, S, H, V], V <= Q -> [B, S, H, V], in bf16 with an f32 softmax."""
+    # The library wants values as wide as keys.
+    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - v.shape[-1]),))
+    out = jax.nn.dot_product_attention(q, k, padded, is_causal=True, implementation=implementation)
+    return out[..., : v.shape[-1]]
+
+
+def dense_feed_forward(params, x, ops: Ops):
+    return ops.feed_forward(x, params["gate_up"], params["down"])
+
+
+def mixture_of_experts(params, bias, x, config: Config, ops: Ops):
+    """The shared expert and the routed ones: x [T, D] -> [T, D], and the tokens of each expert [E] int32."""
+    experts, weights = route(x, params["router"], bias, config)
+    order, inverse, load = sort_by_expert(experts, config.experts)
+    rows = take_rows(jnp.repeat(x, config.experts_per_token, axis=0), order, inverse)
+    out = ops.ragged_feed_forward(rows, params["experts_gate_up"], params["experts_down"], load)
+    out = take_rows(out, inverse, order).reshape(*weights.shape, -1)
+    routed = jnp.sum(weights[..., None] * out, axis=1)  # f32, in the order of the slots
+    shared = ops.feed_forward(x, params["shared_gate_up"], params["shared_down"])
+    return (routed + shared).astype(x.dtype), load
+
+
+def route(x, router, bias, config: Config):
+    """The experts of each token and their weights, [T, k] both.
+
+    The bias takes part in choosing experts, but not in their weights: no gradient reaches it. All is f32, so
+    that the two precisions of a run differ here by what they put in alone.
+    """
+    logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.sigmoid(logits)
+    _, experts = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, config.experts_per_token)
+    # A product with one-hot rows, where a gather's gradient would be a scatter.
+    weights = jnp.sum(jax.nn.one_hot(experts, config.experts) * scores[:, None], axis=-1)
+    return experts, config.routed_scaling * weights / weights.sum(axis=-1, keepdims=True)
+
+
+def update_bias(bias, load, speed):
+    """The bias [L, E] after a step that gave each expert load [L, E] tokens: up if it had too few.
+
+    Load balancing without an auxiliary loss: the sign of the error alone, outside of the gradient.
+    """
+    load = load.astype(jnp.float32)
+    return bias + speed * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+
+
+def sort_by_expert(experts, num_experts):
+    """experts [T, k] -> the slots [T * k] in the order of their experts, its inverse, and the load [E]."""
+    order = jnp.argsort(experts.ravel(), stable=True)
+    slots = jnp.arange(len(order))
+    inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
+    return order, inverse, jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum((0, 1))
+
+
+@partial(jax.custom_vjp)
+def take_rows(x, order, inverse):
+    """x[order] for a permutation: its gradient is dy[inverse], which adds nothing up in any order."""
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+take_rows.defvjp(lambda x, order, inverse: (take_rows(x, order, inverse), (order, inverse)),
+                 lambda kept, dy: (take_rows(dy, *reversed(kept)), None, None))

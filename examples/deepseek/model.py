@@ -1,0 +1,122 @@
+"""The language model: embedding, layers, head, and its loss."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.deepseek import grouped, layers
+from examples.deepseek.config import Config
+from examples.deepseek.precision import Ops
+from jax_fp8gemm import save_gemms
+
+# What a rematerialised layer keeps: results of GEMMs, but not the products between tokens in attention.
+_KEEP_GEMMS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_from_both_policies(
+        save_gemms, jax.checkpoint_policies.save_only_these_names(grouped.GEMM_NAME)),
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+# Matrices whose products are added to the residual stream.
+_BRANCH_ENDS = ("out", "down", "experts_down", "shared_down")
+
+
+def shapes(config: Config) -> dict[str, Any]:
+    """The shape of every parameter. Matrices are [*, in, out]; layers of a kind are stacked in front."""
+    c = config
+    attention = {
+        "norm": (c.hidden,),
+        "compress": (c.hidden, c.q_rank + c.kv_rank + c.rope_dim),
+        "q_norm": (c.q_rank,),
+        "q_up": (c.q_rank, c.heads * c.qk_dim),
+        "kv_norm": (c.kv_rank,),
+        "kv_up": (c.kv_rank, c.heads * (c.nope_dim + c.v_dim)),
+        "out": (c.heads * c.v_dim, c.hidden),
+    }
+    dense = {
+        "norm": (c.hidden,),
+        "gate_up": (c.hidden, 2 * c.dense_intermediate),
+        "down": (c.dense_intermediate, c.hidden),
+    }
+    shared = c.shared_experts * c.expert_intermediate
+    moe = {
+        "norm": (c.hidden,),
+        "router": (c.hidden, c.experts),
+        "experts_gate_up": (c.experts, c.hidden, 2 * c.expert_intermediate),
+        "experts_down": (c.experts, c.expert_intermediate, c.hidden),
+        "shared_gate_up": (c.hidden, 2 * shared),
+        "shared_down": (shared, c.hidden),
+    }
+
+    def stacked(count, layer):
+        return jax.tree.map(lambda shape: (count, *shape), layer, is_leaf=_is_shape)
+
+    return {
+        "embedding": (c.vocabulary, c.hidden),
+        "dense": stacked(c.dense_layers, {"attention": attention, "feed_forward": dense}),
+        "moe": stacked(c.moe_layers, {"attention": attention, "feed_forward": moe}),
+        "norm": (c.hidden,),
+        "head": (c.hidden, c.vocabulary),
+    }
+
+
+def _is_shape(node):
+    return isinstance(node, tuple)
+
+
+def init(config: Config, key: jax.Array) -> dict[str, Any]:
+    """f32 parameters: norms of one, matrices of variance 1 / in, less where they end a residual branch."""
+    paths, tree = jax.tree.flatten_with_path(shapes(config), is_leaf=_is_shape)
+
+    def draw(index, path, shape):
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(shape)
+        deviation = 1.0 if name == "embedding" else shape[-2] ** -0.5
+        if name in _BRANCH_ENDS:
+            deviation /= math.sqrt(2 * config.layers)
+        return deviation * jax.random.normal(jax.random.fold_in(key, index), shape)
+
+    return jax.tree.unflatten(tree, [draw(index, *each) for index, each in enumerate(paths)])
+
+
+def logits(params, bias, tokens, config: Config, ops: Ops):
+    """tokens [B, S] int32 -> logits [B, S, V] f32, and the tokens of each expert [moe_layers, E] int32."""
+    # The lookup is a product with one-hot rows: its gradient is a GEMM, and so the same in every run; that of
+    # a gather would add rows up in the order in which they come.
+    one_hot = jax.nn.one_hot(tokens, config.vocabulary, dtype=jnp.bfloat16)
+    x = jnp.dot(one_hot, params["embedding"].astype(jnp.bfloat16))
+
+    def attend(layer, x):
+        normed = layers.rms_norm(x, layer["attention"]["norm"])
+        return x + layers.attention(layer["attention"], normed, config, ops)
+
+    def dense_layer(x, layer):
+        x = attend(layer, x)
+        normed = layers.rms_norm(x, layer["feed_forward"]["norm"])
+        return x + layers.dense_feed_forward(layer["feed_forward"], normed, ops), None
+
+    def moe_layer(x, layer_and_bias):
+        layer, bias = layer_and_bias
+        x = attend(layer, x)
+        normed = layers.rms_norm(x, layer["feed_forward"]["norm"]).reshape(-1, config.hidden)
+        out, load = layers.mixture_of_experts(layer["feed_forward"], bias, normed, config, ops)
+        return x + out.reshape(x.shape), load
+
+    remat = partial(jax.checkpoint, policy=_KEEP_GEMMS) if config.remat else lambda layer: layer
+    x, _ = jax.lax.scan(remat(dense_layer), x, params["dense"])
+    x, load = jax.lax.scan(remat(moe_layer), x, (params["moe"], bias))
+    x = layers.rms_norm(x, params["norm"])
+    head = params["head"].astype(jnp.bfloat16)
+    return jnp.dot(x, head, preferred_element_type=jnp.float32), load
+
+
+def loss(params, bias, sequences, config: Config, ops: Ops):
+    """Mean cross-entropy in nats of sequences [B, S + 1], each token given those before it; and the load."""
+    out, load = logits(params, bias, sequences[:, :-1], config, ops)
+    labels = jax.nn.one_hot(sequences[:, 1:], config.vocabulary)  # for a gradient without a scatter
+    return optax.softmax_cross_entropy(out, labels).mean(), load
