@@ -5,6 +5,7 @@ in f64; the emulation, on the CPU, takes rows and columns of it.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -221,3 +222,25 @@ def test_non_finite_values_reach_their_rows_and_columns_alone():
     expected = np.zeros((130, 300), bool)
     expected[5], expected[:, 200] = True, True
     np.testing.assert_array_equal(np.isnan(out), expected)
+
+
+def test_twenty_chained_calls_run_as_one_graph(driver_calls):
+    """Launched once an execution, with the bits of a program for each call."""
+    size, depth = 1024, 20
+    draw_matrix = lambda seed: jax.random.normal(jax.random.key(seed), (size, size)) * size**-0.5
+    weights = [quantize(draw_matrix(seed), SQUARE_BLOCKS) for seed in range(depth)]
+    layer = lambda x, w: fp8_gemm(quantize(x), w, implementation="hopper")
+    chain, one = jax.jit(lambda x, weights: functools.reduce(layer, weights, x)), jax.jit(layer)
+    for seed in range(3):
+        x = jax.random.normal(jax.random.key(seed), (64, size), jnp.bfloat16)
+        expected = bits(functools.reduce(one, weights, x))
+        for _ in range(4):
+            driver_calls()
+            out = chain(x, weights).block_until_ready()
+            calls = driver_calls()
+            np.testing.assert_array_equal(bits(out), expected)
+            del out  # or the next one lies elsewhere, which records the graph anew
+        assert calls["cuGraphLaunch"] == 1
+        assert not any(name.startswith("cuLaunchKernel") for name in calls), calls
+        assert "cuTensorMapEncodeTiled" not in calls
+    assert chain._cache_size() == 1

@@ -398,19 +398,26 @@ def test_nested_vmap_is_one_launch_with_the_bits_of_its_slices(kind, shared):
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
-def test_a_new_routing_in_a_recorded_program(rng, kind):
-    """Several calls in one program, so that XLA records a CUDA graph and replays it with other sizes."""
+def test_a_new_routing_in_a_recorded_program(rng, kind, driver_calls):
+    """Several calls in one program, of which XLA makes a CUDA graph: other sizes compile and load nothing."""
     shape = Shape(kind, 8, 500, 576, 1024)
     lhs, rhs = shape.draw()
     gemm = partial(FUNCTIONS[kind], lhs, rhs, out_dtype=jnp.float32, implementation="hopper")
     step = jax.jit(lambda sizes: [gemm(jnp.roll(sizes, i)) for i in range(8)])
     one = jax.jit(gemm)
-    for _ in range(2):
+    for repeat in range(2):
         for sizes in routings(shape, rng).values():
-            for i, out in enumerate(step(jnp.asarray(sizes, jnp.int32))):
+            sizes = jnp.asarray(sizes, jnp.int32)
+            driver_calls()
+            outs = jax.block_until_ready(step(sizes))
+            calls = driver_calls()
+            if repeat > 0:
+                assert calls["cuGraphLaunch"] == 1
+                assert not {"cuLibraryLoadData", "cuModuleLoadData", "cuModuleLoadDataEx"} & calls.keys()
+            for i, out in enumerate(outs):
                 rolled = np.roll(sizes, i)
                 is_owned = owned(shape, rolled)
-                expected = bits(one(jnp.asarray(rolled, jnp.int32)))
+                expected = bits(one(jnp.asarray(rolled)))
                 np.testing.assert_array_equal(bits(out)[is_owned], expected[is_owned], f"{rolled}")
     assert step._cache_size() == one._cache_size() == 1
 
