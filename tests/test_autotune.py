@@ -180,6 +180,28 @@ def test_a_chain_reads_more_than_l2_holds_where_it_can(problem):
     assert calls * size > 100e6 or calls == 64
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(2e-3, 10), (50e-3, 1)])
+def test_a_sample_is_as_many_runs_of_all_plans(monkeypatch, seconds, runs):
+    started = []
+
+    def chain(problem, plan):
+        def run(operands, accumulator):
+            started.append(plan)
+            now[0] += seconds * len(plan)
+            return jnp.zeros(())
+        return run
+
+    now = [0.0]
+    monkeypatch.setattr(timer, "chain", chain)
+    monkeypatch.setattr(timer, "_num_calls", lambda problem: 4)
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    samplers = timer.gpu_samplers(GemmProblem(7, 256, 512), ["a", "bb"])
+    for plan, sample in zip(["a", "bb"], samplers, strict=True):
+        started.clear()
+        assert sample() == pytest.approx(seconds * len(plan) / 4)
+        assert started == [plan] * runs
+
+
 def test_warmup_compiles_each_kernel_once_side_by_side(monkeypatch):
     both, compiled = threading.Barrier(2, timeout=20), []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,19 +20,23 @@ CHAIN_BYTES = 400e6  # that the calls of a chain read: several times the 50 MB o
 MEMORY_BYTES = 4e9  # at most, of large operands
 MIN_CALLS, MAX_CALLS = 8, 64
 NUM_WARMUPS = 3  # XLA records its CUDA graph in the first runs
+SAMPLE_SECONDS = 20e-3  # that a sample takes: starting the GPU and hearing of its end can cost a millisecond
 
 Sampler = Callable[[], float]
 
 
 def gpu_samplers(problem: GemmProblem, plans: Sequence[LaunchPlan]) -> list[Sampler]:
-    """For each plan a function that runs it once more and returns the seconds per GEMM.
+    """For each plan a function that times it once more and returns the seconds per GEMM.
 
     A run is a chain of GEMMs in one program. Each reads operands of its own, and all together more than L2
-    holds, so that none finds its weights there (where MAX_CALLS of them are enough for that). The time is the
-    host's, for the whole chain: the few microseconds of starting it are the same for all plans.
+    holds, so that none finds its weights there (where MAX_CALLS of them are enough for that). A sample is
+    some runs without a pause between them, as many of each plan, in the host's time.
     """
     operands = [random_operands(problem, seed) for seed in range(_num_calls(problem))]
-    return [_sampler(problem, plan, operands) for plan in plans]
+    timers = [_timer(problem, plan, operands) for plan in plans]
+    run_seconds = timers[0](8) * len(operands)
+    num_runs = max(1, round(SAMPLE_SECONDS / run_seconds))
+    return [functools.partial(timer, num_runs) for timer in timers]
 
 
 def _num_calls(problem: GemmProblem) -> int:
@@ -86,18 +91,20 @@ def chain(problem: GemmProblem, plan: LaunchPlan) -> jax.stages.Wrapped:
     return jax.jit(run, donate_argnums=1)
 
 
-def _sampler(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Sampler:
+def _timer(problem: GemmProblem, plan: LaunchPlan, operands: list[list[jax.Array]]) -> Callable[[int], float]:
+    """A function that runs the plan's chain so many times, and returns the seconds per GEMM."""
     run = chain(problem, plan)
     accumulator = (jnp.zeros(problem.out_shape, jnp.float32),) * problem.accumulate
 
-    def sample() -> float:
+    def seconds(num_runs: int) -> float:
         nonlocal accumulator
         start = time.perf_counter()
-        out = jax.block_until_ready(run(operands, accumulator))
-        elapsed = time.perf_counter() - start
-        accumulator = (out,) * problem.accumulate
-        return elapsed / len(operands)
+        for _ in range(num_runs):
+            out = run(operands, accumulator)
+            accumulator = (out,) * problem.accumulate
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / (num_runs * len(operands))
 
     for _ in range(NUM_WARMUPS):
-        sample()
-    return sample
+        seconds(1)
+    return seconds
