@@ -7,8 +7,8 @@
     python -m benchmarks.sweep --grouped masked masked-8x16-7168x2048 --top 24
 
 It needs PyTorch, NVRTC and the GPU, but neither JAX's GPU support nor the compiled module: `raw_launch`
-launches the kernels. Every configuration's output must be within the error bound, and equal to the first
-one's bit for bit unless it splits K. DeepGEMM is timed among them where it is installed.
+launches the kernels. Every configuration's output must be within the error bound, and those that do not split
+K must have equal bits. DeepGEMM is timed among them where it is installed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Candidate:
       config: the configuration.
       cubin: the compiled kernel, None where it did not compile.
       failure: why it was not timed.
-      bits: "same" as the first configuration's, "differ (split-K)", or "DIFFER".
+      bits: "same" as those of the first configuration that does not split K, "differ (split-K)", or "DIFFER".
       worst_tile: largest relative error of a 128x128 tile.
     """
 
@@ -89,7 +89,7 @@ def check(
       candidate: gets its kernel, error and verdict.
       buffers: what it works on.
       device: sets the number of CTAs.
-      expected: the first configuration's output, None for the first itself.
+      expected: the output of the first configuration that does not split K, None before there is one.
     """
     plan = plan_gemm(buffers.problem, candidate.config, candidate.cubin, device.num_sms)
     # A hanging kernel cannot be stopped: its name is printed first, and the process ends in a while.
@@ -108,7 +108,7 @@ def check(
         split = candidate.config.split_k > 1
         candidate.bits = "differ (split-K)" if split else "DIFFER"
         if not split:
-            candidate.failure = candidate.failure or "not the first configuration's bits"
+            candidate.failure = candidate.failure or "not the bits of the first without split-K"
     else:
         candidate.bits = "same"
     return buffers.out.clone()
@@ -190,7 +190,8 @@ def sweep(
                 candidate.failure = str(error)
                 torch.cuda.synchronize()  # raises if the context is broken: nothing can run then
                 continue
-            first = out if first is None else first
+            if first is None and candidate.config.split_k == 1:
+                first = out
     samples = time_all(candidates, buffers, workload, timer, repeats) if timer else {}
     rows = [
         {
