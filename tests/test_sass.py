@@ -8,7 +8,7 @@ import pytest
 from jax_fp8gemm.jit import tuned
 from jax_fp8gemm.jit.choose import best
 from jax_fp8gemm.jit.config import GemmConfig
-from jax_fp8gemm.jit.device import H200
+from jax_fp8gemm.jit.device import H200, KNOWN_DEVICES
 from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
@@ -37,6 +37,7 @@ PROBLEMS = [GemmProblem(m, n, k) for n, k in DENSE for m in (1, 64, 4096)] + [
 # Each feature of the kernel once, whatever the model prefers.
 FEATURES = [
     (GemmProblem(4096, 4096, 4096), GemmConfig(128, 128, 4, partials=2)),
+    (GemmProblem(4096, 4096, 4096), GemmConfig(128, 192, 4)),
     (GemmProblem(4096, 4096, 4096), GemmConfig(192, 96, 5, 3, cluster_m=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, swap_ab=True, cluster_n=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, split_k=8)),
@@ -48,9 +49,9 @@ FEATURES = [
     (GemmProblem(4096, 4096, 8192, kind="ragged_k", groups=8, rhs_scale_rows=1, accumulate=True,
                  out_dtype="f32"), GemmConfig(128, 112, 5, partials=2)),
 ]
-# Each distinct configuration of the shipped table, with one of its problems.
-TUNED = [(problem, config) for config, problem in
-         {entry.config: entry.problem for entry in tuned.load(tuned.shipped_table(H200))}.items()]
+# Each distinct configuration of the shipped tables, with one of its problems.
+SHIPPED = [entry for device in KNOWN_DEVICES for entry in tuned.load(tuned.shipped_table(device))]
+TUNED = [(problem, config) for config, problem in {entry.config: entry.problem for entry in SHIPPED}.items()]
 CHOSEN = [(problem, best(problem, H200)) for problem in PROBLEMS]
 KERNELS = {gemm_source(*pair): pair for pair in [*CHOSEN, *FEATURES, *TUNED]}
 
