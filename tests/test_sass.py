@@ -37,7 +37,6 @@ PROBLEMS = [GemmProblem(m, n, k) for n, k in DENSE for m in (1, 64, 4096)] + [
 # Each feature of the kernel once, whatever the model prefers.
 FEATURES = [
     (GemmProblem(4096, 4096, 4096), GemmConfig(128, 128, 4, partials=2)),
-    (GemmProblem(4096, 4096, 4096), GemmConfig(128, 192, 4)),
     (GemmProblem(4096, 4096, 4096), GemmConfig(192, 96, 5, 3, cluster_m=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, swap_ab=True, cluster_n=2)),
     (GemmProblem(64, 4096, 4096), GemmConfig(64, 128, 6, split_k=8)),

@@ -29,10 +29,9 @@ MAX_TILES = 2**31 - 2**12  # their indices are 31-bit, and go beyond the last by
 
 LEAST = {"num_stages": 2, "raster_group": 1, "out_buffers": 1, "partials": 1}
 
-# Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), by `swap_ab`, and
-# what setmaxnreg leaves a consumer thread, both by the number of consumer warpgroups. With less, the compiler
-# hoists less.
-OTHER_REGISTERS = {False: {1: 40, 2: 36, 3: 24}, True: {1: 40, 2: 40, 3: 24}}
+# Registers of a consumer thread that hold no accumulator (addresses, scales, loop state), and what setmaxnreg
+# leaves a consumer thread for a given number of consumer warpgroups.
+OTHER_REGISTERS = {1: 40, 2: 40, 3: 24}  # three leave the compiler less to hoist
 MAX_LOOP_FMAS = 1536  # in longer code, ptxas loses track of what is uniform, and spills
 LATE_SCALES_REGISTERS = 24  # instead, where scales are read as they are multiplied
 MAX_REGISTERS = {1: 240, 2: 232, 3: 152}
@@ -57,12 +56,10 @@ def consumer_registers(problem: GemmProblem, config: GemmConfig) -> int:
     rhs that the warpgroup touches. Where both sides have scales of single rows, it reads them as it goes.
     """
     p, q = warpgroup_tile(config)
-    sums = (p // MMA_P + config.partials) * (q // 2)
-    others = OTHER_REGISTERS[config.swap_ab][config.num_consumers]
+    sums, others = (p // MMA_P + config.partials) * (q // 2), OTHER_REGISTERS[config.num_consumers]
     if problem.rhs_scale_rows == 1:
         return sums + min(others, LATE_SCALES_REGISTERS)
-    further_blocks = ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
-    scales = q // 4 if config.swap_ab else 4 * further_blocks
+    scales = q // 4 if config.swap_ab else 4 * ceil_div(q - math.gcd(q, SCALE_BLOCK), SCALE_BLOCK)
     return sums + scales + others
 
 
