@@ -1,12 +1,15 @@
-"""ScaledArray to and from qwix's QArray, the same numbers, and errors by name."""
+"""ScaledArray to and from qwix's QArray, the same numbers, and errors by name; the examples of interop."""
 
 import dataclasses
+import pathlib
 import re
+import runpy
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import qwix
 
@@ -15,6 +18,7 @@ from jax_fp8gemm.interop import from_qarray, to_qarray
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples/interop"
 
 
 def assert_same_numbers(array, qarray):
@@ -146,3 +150,94 @@ def test_partial_blocks_have_no_qarray(granularity, shape, axis):
 def test_to_qarray_takes_nothing_else():
     with pytest.raises(ValueError, match="to_qarray: expected a ScaledArray, got ArrayImpl"):
         to_qarray(jnp.ones((2, 128)))
+
+
+# ---- the examples
+
+
+def run(script):
+    """The names of a script that has run."""
+    return runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def rounding(num_gemms):
+    """The relative error of what comes out of so many GEMMs, one after the other, at most.
+
+    Rounding to e4m3 errs by at most 2^-4 of a number, evenly spread: by 2^-4 / sqrt(3) in the root mean
+    square. Of two operands for each GEMM, errors add up as their squares do. LayerNorm and ReLU do not make
+    them larger.
+    """
+    return (2 * num_gemms) ** 0.5 * 2.0**-4 / 3**0.5
+
+
+@pytest.mark.parametrize(("script", "num_gemms"), [("flax_nnx.py", 2), ("flax_linen.py", 6)])
+def test_flax_trains_in_fp8_as_in_bf16(script, num_gemms):
+    """Loss by loss: mean squares of y - target, with the same weights at first.
+
+    y and target differ by what two models of the same kind compute, neither of which depends on the other: at
+    first by sqrt(2) times the root mean square of either, all that FP8 rounds. From there a loss falls by the
+    products of updates and gradients, which go through as many GEMMs again. Where Adam's update has the wrong
+    sign it was to gain at most the gradient's error, and it loses as much.
+    """
+    names = run(script)
+    bf16, fp8 = (np.array(names[name]) for name in ("bf16", "fp8"))
+    error_of_y = rounding(num_gemms) * (bf16[0] / 2) ** 0.5
+    fallen = bf16[0] - bf16
+    assert fallen[-1] > bf16[0] / 2, "it learns"
+    bound = error_of_y * (bf16**0.5 + fp8**0.5) + 2 * rounding(2 * num_gemms) * np.maximum(fallen, 0)
+    np.testing.assert_array_less(np.abs(fp8 - bf16), bound)
+    assert np.all(fp8 != bf16), "FP8 was used"
+
+
+def test_gradients_of_microbatches():
+    names = run("microbatches.py")
+    assert names["losses"][-1] < 0.9 * names["losses"][0], "it learns"
+    weights, batch = names["weights"], (names["x"], jnp.float32(names["x"]))
+    loss, gradients = jax.jit(names["loss_and_gradients"])(weights, batch)
+    one = jax.jit(jax.value_and_grad(names["mean_square"]))
+    parts = [one(weights, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(len(names["x"]))]
+    expected_loss, expected = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *parts)
+    # f32 sums in another order may tip a value that is next to the middle between two of FP8's, so that both
+    # are only known to be within FP8's rounding: of two GEMMs forward and two backward.
+    np.testing.assert_allclose(loss, expected_loss, rtol=2 * rounding(2))
+    for name in weights:
+        difference = jnp.linalg.norm(gradients[name] - expected[name])
+        assert difference < 2 * rounding(4) * jnp.linalg.norm(expected[name])
+
+
+def test_orbax_restores_scaled_arrays(capsys):
+    names = run("orbax_checkpoint.py")
+    saved, restored = (jax.tree.flatten(names[name]) for name in ("params", "restored"))
+    assert saved[1] == restored[1], "granularities included"
+    for before, after in zip(saved[0], restored[0], strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before.view(jnp.uint8), after.view(jnp.uint8))
+    output = capsys.readouterr().out
+    assert output.count("restored") == len(saved[0]) == 5
+    assert "CHANGED" not in output
+
+
+def test_orbax_restores_a_scaled_array_alone(rng, tmp_path):
+    array = quantize(jnp.asarray(rng.standard_normal((3, 130, 300)), jnp.float32), SQUARE_BLOCKS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "array", array)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "array", jax.eval_shape(lambda: array))
+    assert restored.granularity == SQUARE_BLOCKS
+    np.testing.assert_array_equal(restored.values.view(jnp.uint8), array.values.view(jnp.uint8))
+    np.testing.assert_array_equal(restored.scales, array.scales)
+
+
+def test_qwix_and_fp8_gemm_take_each_other_s_weights(capsys):
+    run("qwix_qarray.py")
+    errors = [float(error) / 100 for error in re.findall(r"([\d.]+)%", capsys.readouterr().out)]
+    assert len(errors) == 3
+    assert all(2.0**-7 < error < rounding(1) for error in errors[:2]), "of both operands"
+    assert 2.0**-7 < errors[2] < rounding(1) / 2**0.5, "of the weight alone"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_says_how_it_is_run_and_fits_on_a_screen(path):
+    text = path.read_text()
+    assert f"    python examples/interop/{path.name}\n" in text
+    assert len(text.splitlines()) < 60
