@@ -14,19 +14,28 @@ sys.path.append(str(ROOT))  # last, so that an installed jax_fp8gemm goes before
 from benchmarks import score_model  # noqa: E402
 from jax_fp8gemm.jit.config import GemmConfig  # noqa: E402
 from jax_fp8gemm.jit.cost import cost  # noqa: E402
-from jax_fp8gemm.jit.device import H200  # noqa: E402
+from jax_fp8gemm.jit.device import H200, find_device  # noqa: E402
 from jax_fp8gemm.jit.problem import GemmProblem  # noqa: E402
 
 PROBLEM = GemmProblem(4096, 4096, 4096)
 LARGE, SMALL = GemmConfig(256, 128, 4, cluster_n=2, out_buffers=1), GemmConfig(64, 64, 8)
 
 
-@pytest.fixture(scope="module")
-def scores():
-    device, times = score_model.read(ROOT / "benchmarks" / "results" / "2026-11-21-sweep-h200.json.gz")
-    assert device == H200
-    assert len(times) == 132
-    return [score_model.score(problem, configs, device) for problem, configs in times.items()]
+# Sweep, device, dense and grouped problems.
+SWEEPS = [("2026-11-21-sweep-h200", H200, 103, 29),
+          ("2026-11-26-sweep-h100", find_device("NVIDIA H100 80GB HBM3"), 25, 28)]
+
+
+@pytest.fixture(scope="module", params=SWEEPS, ids=lambda sweep: sweep[0])
+def scores(request):
+    """Of the dense problems, and of the grouped ones."""
+    name, device, *counts = request.param
+    found, times = score_model.read(ROOT / "benchmarks" / "results" / f"{name}.json.gz")
+    assert found == device
+    scores = [score_model.score(problem, configs, device) for problem, configs in times.items()]
+    parts = [[each for each in scores if each.problem.is_grouped == grouped] for grouped in (False, True)]
+    assert [len(part) for part in parts] == counts
+    return parts
 
 
 # Where groups' sizes scatter, time depends on more than the problem says.
@@ -34,8 +43,7 @@ def scores():
 @pytest.mark.parametrize("ratio", ["choice_ratio", "candidate_ratio"])
 def test_what_the_model_prefers_is_nearly_the_fastest(scores, ratio, grouped, most):
     """Among all measured configurations, and among the model's first candidates."""
-    ratios = [getattr(score, ratio) for score in scores if score.problem.is_grouped == grouped]
-    assert len(ratios) == (29 if grouped else 103)
+    ratios = [getattr(score, ratio) for score in scores[grouped]]
     assert statistics.geometric_mean(ratios) <= 1.05
     assert max(ratios) <= most
 

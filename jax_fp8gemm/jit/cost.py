@@ -48,6 +48,7 @@ NARROW_STORES = 2.7  # how much slower boxes of less than 128 bytes a row are, o
 SHARED_READ_BYTES = 128  # per cycle: what wgmma reads from shared memory
 LOAD_LATENCY = 0.8e-6  # from a copy's issue to its data, under load
 L2_BYTES = 52e6  # what stays of both operands in L2 from one wave to the next
+REREAD = 0.3  # of a group's weights, for each further tile of its rows; 0.2 to 0.4 fit an H200 and an H100
 
 STEP_PARTS = ("chain", "tensor", "issue", "port", "fill", "l2", "memory")
 
@@ -169,7 +170,11 @@ def _l2_step(config: GemmConfig, device: Device, active: int) -> float:
 
 
 def _memory_bytes(problem: GemmProblem, config: GemmConfig, resident: int) -> float:
-    """Bytes of the operands that come from HBM: once, or in each wave where L2 cannot keep them."""
+    """Bytes of the operands that come from HBM: once, or in each wave where L2 cannot keep them.
+
+    Tiles that share the weights of a group get out of step, since groups begin at any place of a wave: some
+    of the weights have left L2 when the next of these tiles needs them.
+    """
     lhs = (problem.batch if problem.lhs_batched else 1) * problem.m * problem.k
     rhs = (problem.batch if problem.rhs_batched else 1) * problem.n * problem.k
     if lhs + rhs <= L2_BYTES:
@@ -179,7 +184,8 @@ def _memory_bytes(problem: GemmProblem, config: GemmConfig, resident: int) -> fl
     columns = max(1, resident // config.split_k // band)
     waves = num_tiles(problem, config) * config.split_k / resident
     wave_bytes = (band * config.block_m + columns * config.block_n) * problem.k
-    return max(lhs + rhs, waves * wave_bytes)
+    sharing = ceil_div(band, config.cluster_m) if problem.batch > 1 and problem.rhs_batched else 1
+    return max(lhs + rhs, waves * wave_bytes) + REREAD * (sharing - 1) * rhs
 
 
 def _memory_step(config: GemmConfig, device: Device, active: int, step_bytes: float) -> float:
