@@ -36,20 +36,18 @@ struct F32 {
   __device__ static float widen(u32 bits) { return __uint_as_float(bits); }
 };
 
-// Formats of the values: the largest number, and four of them from f32. A scaled number exceeds the largest
-// by its three roundings at most, so that it never saturates.
+// Formats of the values: the largest number, and two or four of them from f32. A scaled number exceeds the
+// largest by its three roundings at most, so that it never saturates.
 struct E4M3 {
   static constexpr float kMax = 448;
-  __device__ static u32 pack(float a, float b, float c, float d) {
-    return ptx::pack_e4m3(a, b) | ptx::pack_e4m3(c, d) << 16;
-  }
+  __device__ static u32 pack(float a, float b) { return ptx::pack_e4m3(a, b); }
+  __device__ static u32 pack(float a, float b, float c, float d) { return pack(a, b) | pack(c, d) << 16; }
 };
 
 struct E5M2 {
   static constexpr float kMax = 57344;
-  __device__ static u32 pack(float a, float b, float c, float d) {
-    return ptx::pack_e5m2(a, b) | ptx::pack_e5m2(c, d) << 16;
-  }
+  __device__ static u32 pack(float a, float b) { return ptx::pack_e5m2(a, b); }
+  __device__ static u32 pack(float a, float b, float c, float d) { return pack(a, b) | pack(c, d) << 16; }
 };
 
 // A lane's eight elements of a block, as they are in memory.
@@ -67,10 +65,16 @@ struct Chunk {
 
   __device__ void load(const Storage* address) {
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = ptx::load_16(reinterpret_cast<const u32*>(address) + i);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-    }
+    for (int i = 0; i < kWords; i += 4) set_words(i, ptx::load_16(reinterpret_cast<const u32*>(address) + i));
+  }
+  __device__ void set_words(int i, uint4 v) {
+    words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+  }
+
+  // Widens elements anew from here on, lest they take twice the registers until then.
+  __device__ void widen_from_here() {
+#pragma unroll
+    for (u32& word : words) compute_from_here(word);
   }
 
   // NaN, which fmaxf passes over, does not count.
@@ -114,6 +118,28 @@ __device__ __forceinline__ void max_over_block(float (&x)[kCount]) {
   for (int distance = kBlockLanes / 2; distance > 0; distance /= 2)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(0xffffffff, x[i], distance));
+}
+
+// The largest of x[lane % kCount] over the 16 lanes. A lane hands half of what it has to another, for the
+// other half of that one's: fewer shuffles than for the largest of all in each lane.
+template <int kCount, int kHalf = kCount / 2>
+__device__ __forceinline__ float max_over_block_of_own(float (&x)[kCount]) {
+  static_assert(kCount <= kBlockLanes && kBlockLanes % kCount == 0);
+  if constexpr (kHalf > 0) {
+    const bool is_upper = threadIdx.x & kHalf;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float given = is_upper ? x[i] : x[i + kHalf], kept = is_upper ? x[i + kHalf] : x[i];
+      x[i] = fmaxf(kept, __shfl_xor_sync(0xffffffff, given, kHalf));
+    }
+    return max_over_block_of_own<kCount, kHalf / 2>(x);
+  } else {
+    float largest = x[0];
+#pragma unroll
+    for (int distance = kCount; distance < kBlockLanes; distance *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+    return largest;
+  }
 }
 
 template <class Float8>

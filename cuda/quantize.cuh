@@ -12,17 +12,24 @@
 
 #include "float8.cuh"
 #include "scan.cuh"
+#include "swiglu.cuh"
 
 namespace fp8gemm {
 
-// Where the results go; [batch][rows][columns], and scales [batch][blocks][rows] or [batch][row
-// blocks][blocks].
-struct Quantized {
-  u8* values;
-  float* scales;
+struct Extent {
   u32 rows, columns;
 
   __device__ u32 num_blocks() const { return (columns + kBlockColumns - 1) / kBlockColumns; }
+};
+
+// Where the results go; [batch][rows][columns], and scales [batch][blocks][rows] or [batch][row
+// blocks][blocks].
+struct Quantized : Extent {
+  u8* values;
+  float* scales;
+
+  __device__ Quantized(void* values, float* scales, u32 rows, u32 columns)
+      : Extent{rows, columns}, values(static_cast<u8*>(values)), scales(scales) {}
 };
 
 // The rows of a batch that are read, and those that are written; what is not read counts as zero.
@@ -60,8 +67,15 @@ struct QuantizeTile {
   // Where this thread's rows end: at once if its columns are beyond the last.
   __device__ u32 end(u32 limit, u32 columns) const { return column < columns ? limit : 0; }
 
+  // The one whose rows begin at `row`.
+  __device__ static QuantizeTile from_row(u32 batch, u32 row, u32 tile_column) {
+    QuantizeTile tile(batch, 0, tile_column);
+    tile.first_row += row;
+    return tile;
+  }
+
   // The index-th of all tiles; those of the same rows follow each other.
-  __device__ static QuantizeTile at(u32 index, const Quantized& out) {
+  __device__ static QuantizeTile at(u32 index, const Extent& out) {
     const u32 across = tiles_per_row(out.num_blocks()), down = tiles_per_column(out.rows);
     const u32 row_index = index / across;
     return {row_index / down, row_index % down, index % across};
@@ -101,13 +115,14 @@ struct Rows {
 
   Chunk<Format> chunks[Tile::kThreadRows];
 
-  __device__ void load(const typename Format::Storage* x, const Tile& tile, const Quantized& out, u32 limit) {
-    const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
-    const u32 end = tile.end(limit, out.columns);
+  __device__ void load(const void* x, const Tile& tile, const Extent& extent, u32 limit) {
+    const auto* const elements = static_cast<const typename Format::Storage*>(x);
+    const i64 first = static_cast<i64>(tile.batch) * extent.rows + tile.first_row;
+    const u32 end = tile.end(limit, extent.columns);
 #pragma unroll
     for (u32 i = 0; i < Tile::kThreadRows; ++i)
       if (tile.first_row + i < end)
-        load_chunk<Config>(chunks[i], x + (first + i) * out.columns, tile.column, out.columns);
+        load_chunk<Config>(chunks[i], elements + (first + i) * extent.columns, tile.column, extent.columns);
   }
 };
 
@@ -119,29 +134,23 @@ struct SwigluRows {
 
   Chunk<F32> chunks[Tile::kThreadRows];
 
-  __device__ void load(const typename Config::Input::Storage* x, const Tile& tile, const Quantized& out,
-                       u32 limit) {
+  __device__ void load(const void* x, const Tile& tile, const Extent& extent, u32 limit) {
+    const auto* const elements = static_cast<const typename Config::Input::Storage*>(x);
     Chunk<typename Config::Input> gates[Tile::kThreadRows], ups[Tile::kThreadRows];
-    const i64 first = static_cast<i64>(tile.batch) * out.rows + tile.first_row;
-    const u32 end = tile.end(limit, out.columns);
+    const i64 first = static_cast<i64>(tile.batch) * extent.rows + tile.first_row;
+    const u32 end = tile.end(limit, extent.columns);
 #pragma unroll
     for (u32 i = 0; i < Tile::kThreadRows; ++i)
       if (tile.first_row + i < end) {
-        const auto* row = x + (first + i) * 2 * out.columns;
-        load_chunk<Config>(gates[i], row, tile.column, out.columns);
-        load_chunk<Config>(ups[i], row + out.columns, tile.column, out.columns);
+        const auto* row = elements + (first + i) * 2 * extent.columns;
+        load_chunk<Config>(gates[i], row, tile.column, extent.columns);
+        load_chunk<Config>(ups[i], row + extent.columns, tile.column, extent.columns);
       }
 #pragma unroll
     for (u32 i = 0; i < Tile::kThreadRows; ++i)
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j)
         chunks[i].words[j] = __float_as_uint(swiglu(gates[i][j], ups[i][j]));
-  }
-
-  // Six instructions, two of them in the slow unit: with `expf` they, not memory, were the limit.
-  __device__ static float swiglu(float gate, float up) {
-    constexpr float kLog2E = 0x1.715476p0f;
-    return gate * ptx::reciprocal_approx(1 + ptx::exp2_approx(gate * -kLog2E)) * up;
   }
 };
 
@@ -154,11 +163,7 @@ __device__ void quantize_row_blocks(Source& source, const QuantizeTile<Config>& 
   static_assert(kThreadRows <= kBlockLanes);
   float maxima[kThreadRows];
   finite_maxima(source.chunks, maxima);
-  max_over_block(maxima);
-  float amax = 0;  // of the row that has the lane's number
-#pragma unroll
-  for (u32 i = 0; i < kThreadRows; ++i)
-    if (tile.lane == i) amax = maxima[i];
+  const float amax = max_over_block_of_own(maxima);  // of the row that has the lane's number
   const float scale = scale_of<Float8>(amax), reciprocal = __frcp_rn(scale);
   // Eight rows of a block are a sector of 32 bytes.
   const u32 scale_row = tile.first_row + tile.lane, num_blocks = out.num_blocks();
@@ -189,10 +194,14 @@ __device__ __forceinline__ float max_over_cta(float x) {
   return x;
 }
 
+struct Scale {
+  float scale, reciprocal;
+};
+
 // A scale for 128 rows and 128 columns, which are a CTA's.
 template <class Config, class Source>
-__device__ void quantize_square_block(Source& source, const QuantizeTile<Config>& tile,
-                                      const Quantized& out) {
+__device__ Scale quantize_square_block(Source& source, const QuantizeTile<Config>& tile,
+                                       const Quantized& out) {
   using Tile = QuantizeTile<Config>;
   using Float8 = typename Config::Float8;
   static_assert(Tile::kRows == kBlockColumns && Tile::kColumnBlocks == 1);
@@ -212,15 +221,16 @@ __device__ void quantize_square_block(Source& source, const QuantizeTile<Config>
     if (tile.first_row + i < end)
       store_codes<Config>(quantized<Float8>(source.chunks[i], reciprocal),
                           out.values + (first + i) * out.columns, tile.column, out.columns);
+  return {scale, reciprocal};
 }
 
 // x [batch][rows][columns] with the granularity of Config::kBlockRows x 128: a CTA for each tile.
 template <class Config>
 __device__ void quantize(const void* x, void* values, float* scales, u32 rows, u32 columns) {
-  const Quantized out{static_cast<u8*>(values), scales, rows, columns};
+  const Quantized out(values, scales, rows, columns);
   const auto tile = QuantizeTile<Config>::at(blockIdx.x, out);
   Rows<Config> source;
-  source.load(static_cast<const typename Config::Input::Storage*>(x), tile, out, rows);
+  source.load(x, tile, out, rows);
   if constexpr (Config::kBlockRows == 1)
     quantize_row_blocks<Config>(source, tile, out, rows);
   else
@@ -231,7 +241,7 @@ template <class Config>
 __device__ void quantize_swiglu_tile(const void* x, const QuantizeTile<Config>& tile, const Quantized& out,
                                      RowLimits limits) {
   SwigluRows<Config> source;
-  source.load(static_cast<const typename Config::Input::Storage*>(x), tile, out, limits.read);
+  source.load(x, tile, out, limits.read);
   quantize_row_blocks<Config>(source, tile, out, limits.written);
 }
 
@@ -249,7 +259,7 @@ __device__ __forceinline__ u32 sum_of_groups(const int* group_sizes, u32 num_gro
 // SwiGLU of x [batch][rows][2 * columns] with a scale for 1 x 128: a CTA for each tile.
 template <class Config>
 __device__ void quantize_swiglu(const void* x, void* values, float* scales, u32 rows, u32 columns) {
-  const Quantized out{static_cast<u8*>(values), scales, rows, columns};
+  const Quantized out(values, scales, rows, columns);
   quantize_swiglu_tile<Config>(x, QuantizeTile<Config>::at(blockIdx.x, out), out, {rows, rows});
 }
 
@@ -258,7 +268,7 @@ __device__ void quantize_swiglu(const void* x, void* values, float* scales, u32 
 template <class Config>
 __device__ void quantize_swiglu_ragged(const void* x, const int* group_sizes, void* values, float* scales,
                                        u32 rows, u32 columns, u32 num_groups) {
-  const Quantized out{static_cast<u8*>(values), scales, rows, columns};
+  const Quantized out(values, scales, rows, columns);
   const auto tile = QuantizeTile<Config>::at(blockIdx.x, out);
   const i64 first_group = static_cast<i64>(tile.batch) * num_groups;
   const u32 valid = sum_of_groups(group_sizes + first_group, num_groups, rows);
@@ -316,7 +326,7 @@ struct MaskedTiles {
 template <class Config>
 __device__ void quantize_swiglu_masked(const void* x, const int* group_sizes, void* values, float* scales,
                                        u32 rows, u32 columns, u32 num_groups) {
-  const Quantized out{static_cast<u8*>(values), scales, rows, columns};
+  const Quantized out(values, scales, rows, columns);
   MaskedTiles<Config> tiles(group_sizes, num_groups, out);
   for (u32 index = blockIdx.x; tiles.seek(index); index += gridDim.x) {
     u32 valid;

@@ -76,6 +76,21 @@ __device__ __forceinline__ void cp_async_4(void* destination, const void* source
                : "memory");
 }
 
+// The same of 16 bytes, which are read once.
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)),
+               "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` groups of this thread's copies are on their way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8x8 matrices of 16-bit elements from registers to the rows that the lanes name, eight lanes a matrix.

@@ -56,6 +56,16 @@ __device__ __forceinline__ u32 lane_index_here() {
   return lane;
 }
 
+// blockIdx.x, likewise.
+__device__ __forceinline__ u32 cta_index_here() {
+  u32 cta;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
+  return cta;
+}
+
+// Keeps what is computed from `value` behind this point.
+__device__ __forceinline__ void compute_from_here(u32& value) { asm volatile("" : "+r"(value)); }
+
 // True in one lane of a converged warp; the compiler knows that the branch is uniform.
 __device__ __forceinline__ bool elect_one() {
   u32 elected;

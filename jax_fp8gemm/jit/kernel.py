@@ -28,6 +28,7 @@ class Kernel:
       types: and by which names it has types of the namespace: `{"Input": "Bf16"}`.
       parameters: the function's and the kernel's, such as "const void* x"; the last word is the name.
       threads: of a CTA.
+      ctas: of it that a multiprocessor's registers have room for; the compiler sees to that.
 
     Example:
       >>> kernel = Kernel("twice.cuh", "twice", {"Threads": 256}, {}, ("const float* x", "float* y"), 256)
@@ -41,6 +42,7 @@ class Kernel:
     types: Mapping[str, str]
     parameters: tuple[str, ...]
     threads: int
+    ctas: int = 1
 
     @property
     def entry(self) -> str:
@@ -48,6 +50,7 @@ class Kernel:
 
     def source(self) -> str:
         """The translation unit."""
+        bounds = f"{self.threads}, {self.ctas}" if self.ctas > 1 else self.threads
         names = ", ".join(parameter.split()[-1].lstrip("*") for parameter in self.parameters)
         return "\n".join([
             f'#include "{self.header}"',
@@ -57,7 +60,7 @@ class Kernel:
             *[f"  using {name} = fp8gemm::{type_name};" for name, type_name in self.types.items()],
             "};",
             "",
-            f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.entry}(',
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {self.entry}(',
             f"    {', '.join(self.parameters)}) {{",
             f"  fp8gemm::{self.function}<Config>({names});",
             "}",

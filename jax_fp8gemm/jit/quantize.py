@@ -60,6 +60,9 @@ class Tile:
         return problem.batch * ceil_div(problem.rows, self.rows) * across
 
 
+SQUARE = Tile(blocks=1, thread_rows=SCALE_BLOCK * BLOCK_LANES // THREADS)  # 128 x 128
+
+
 def choose_tile(problem: QuantizeProblem, device: Device) -> Tile:
     """The largest tile of which there are two for each SM, or the smallest.
 
@@ -67,7 +70,7 @@ def choose_tile(problem: QuantizeProblem, device: Device) -> Tile:
     """
     most = 8 if problem.input_dtype != "f32" and not problem.swiglu else 4
     if problem.block_rows == SCALE_BLOCK:
-        return Tile(blocks=1, thread_rows=SCALE_BLOCK * BLOCK_LANES // THREADS)
+        return SQUARE
     num_blocks = ceil_div(problem.columns, SCALE_BLOCK)
     tiles = [Tile(blocks=4 if num_blocks > 2 else num_blocks, thread_rows=most >> i)
              for i in range(most.bit_length())]

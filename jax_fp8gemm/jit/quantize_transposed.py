@@ -7,7 +7,7 @@ import dataclasses
 from jax_fp8gemm.jit.kernel import MAX_GRID, Kernel
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer, Scalar
 from jax_fp8gemm.jit.problem import MAX_SIZE, SCALE_BLOCK, ceil_div
-from jax_fp8gemm.jit.quantize import FLOAT8_FORMATS, INPUT_FORMATS, LANE_COLUMNS, THREADS
+from jax_fp8gemm.jit.quantize import FLOAT8_FORMATS, INPUT_FORMATS, LANE_COLUMNS, SQUARE, THREADS
 from jax_fp8gemm.scaling import ragged_k_size
 
 
@@ -38,7 +38,8 @@ def transpose_kernel(problem: TransposeProblem) -> Kernel:
     return Kernel(
         header="quantize_transposed.cuh",
         function="quantize_transposed",
-        constants={"Threads": THREADS, "Vector": problem.columns % LANE_COLUMNS == 0},
+        constants={"Threads": THREADS, "Blocks": SQUARE.blocks, "ThreadRows": SQUARE.thread_rows,
+                   "Vector": problem.columns % LANE_COLUMNS == 0},
         types={"Input": INPUT_FORMATS[problem.input_dtype], "Float8": FLOAT8_FORMATS[problem.float8_dtype]},
         parameters=("const void* x", "const int* group_sizes", "void* values", "float* scales",
                     "unsigned tokens", "unsigned columns", "unsigned num_blocks", "unsigned num_groups"),
