@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # Test processes.
 JOBS ?= 2
+# Of make train.
+CONFIG ?= tiny
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,11 +18,16 @@ endif
 
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard jax_fp8gemm/ffi/*.cc jax_fp8gemm/ffi/*.h)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo train test bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/feed_forward.py
 	$(BIN)/python examples/moe_layer.py
+
+# A comparison whose verdict is no leaves a table and a figure, too.
+train: $(INSTALLED)
+	$(BIN)/python -m examples.deepseek.train --config $(CONFIG) --precision bf16 fp8 --out runs/$(CONFIG) --resume
+	-$(BIN)/python -m examples.deepseek.compare runs/$(CONFIG) --out runs/$(CONFIG)
 
 # Test processes share a GPU: none of them may take all of its memory.
 test: $(INSTALLED)

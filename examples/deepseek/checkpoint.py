@@ -35,8 +35,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        sharding = jax.sharding.SingleDeviceSharding(next(iter(template.step.devices())))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), template)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return restored.state, restored.data["position"]

@@ -1,6 +1,6 @@
-"""Draws what `compare.py` reports: losses, their difference, speed, and how the experts' load evens out.
+"""Draws a report: losses, their difference, speed, and how the experts' load evens out.
 
-    python -m examples.deepseek.plot docs/training.json docs/training.png
+    python -m examples.deepseek.plot docs/training.json docs/training.png    # compare.py does this, too
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.deepseek.compare import relative_difference, smooth
+from examples.deepseek.report import relative_difference, smooth
 
 _COLORS = {"bf16": "#8d96a3", "fp8": "#d1495b"}
 _BALANCE_WINDOW = 20
@@ -66,15 +66,19 @@ def _line(axes, values, window, color):
     axes.plot(window + np.arange(len(smoothed)), smoothed, color=color, linewidth=1)
 
 
+def save(report: dict[str, Any], path: pathlib.Path) -> None:
+    figure = draw(report)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.deepseek.plot",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("report", type=pathlib.Path, help="JSON file of compare.py")
     parser.add_argument("figure", type=pathlib.Path, help="the file to write, such as training.png")
     args = parser.parse_args(arguments)
-    figure = draw(json.loads(args.report.read_text()))
-    figure.savefig(args.figure, dpi=130)
-    plt.close(figure)
+    save(json.loads(args.report.read_text()), args.figure)
     return 0
 
 

@@ -35,16 +35,17 @@ class TrainState:
     step: jax.Array
 
 
-@functools.lru_cache
-def init(config: Config) -> Callable[[jax.Array], TrainState]:
-    """Compiled: key -> the state before the first step."""
-    @jax.jit
-    def draw(key):
-        params = model.init(config, key)
-        bias = jnp.zeros((config.moe_layers, config.experts))
-        return TrainState(params, _optimizer(config).init(params), bias, jnp.int32(0))
+def init(config: Config, seed: int) -> TrainState:
+    """The state before the first step, on its device for good: a restored one compiles no other step."""
+    state = _draw(jax.random.key(seed), config)
+    return jax.device_put(state, state.step.sharding)
 
-    return draw
+
+@functools.partial(jax.jit, static_argnames="config")
+def _draw(key, config):
+    params = model.init(config, key)
+    bias = jnp.zeros((config.moe_layers, config.experts))
+    return TrainState(params, _optimizer(config).init(params), bias, jnp.int32(0))
 
 
 @functools.lru_cache

@@ -76,11 +76,9 @@ def train(config: Config, precision: str, seed: int, corpus: Corpus, folder: pat
         log.begin(folder, identity, _environment())
 
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, position = init(config)(jax.random.key(seed)), 0
+        state, position = init(config, seed), 0
         if resumes and (restored := checkpoints.restore(state)):
             state, position = restored
-        # On its device for good, as a restored state is: another placement would be compiled once more.
-        state = jax.device_put(state, state.step.sharding)
         log.cut(folder, int(state.step))
         with log.open_steps(folder) as file:
             return _Loop(config, precision, seed, corpus, limits, checkpoints, file).run(state, position)
