@@ -49,7 +49,11 @@ def assert_is_quantized_swiglu(array, x):
     quotients = y / of_columns(scales)
     error = np.abs(np.asarray(array.values, np.float64) - quotients)
     slack = (30 + 2.5 * of_columns(gates)) * U * np.abs(quotients)
-    _, exponents = np.frexp(np.abs(quotients) + slack)  # of a fraction between 1/2 and 1
+    assert np.all(error <= half_steps(np.abs(quotients) + slack, info) + slack)
+
+
+def half_steps(magnitudes, info):
+    """Half of the distance between the numbers of an FP8 format, at these."""
+    _, exponents = np.frexp(magnitudes)  # of a fraction between 1/2 and 1
     smallest_normal_exponent = int(np.log2(float(info.smallest_normal))) + 1
-    half_steps = np.ldexp(1.0, np.maximum(exponents, smallest_normal_exponent) - info.nmant - 2)
-    assert np.all(error <= half_steps + slack)
+    return np.ldexp(1.0, np.maximum(exponents, smallest_normal_exponent) - info.nmant - 2)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from arranged import arranged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,18 +17,6 @@ ROUTINGS = [
     [0, 127, 128, 129, 1], [385, 0, 0, 0, 0], [0, 0, 0, 0, 385], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1],
     [-5, 100, INT_MIN, 200, 3], [INT_MAX, INT_MAX, INT_MAX, INT_MAX, INT_MAX], [100, 500, 7, 0, 20], [],
 ]
-
-
-def arranged(x, sizes):
-    """x [T, N] with the tokens of each group at a multiple of 128, zeros elsewhere: [K, N]."""
-    tokens = len(x)
-    out = np.zeros((ragged_k_size(tokens, len(sizes)), x.shape[1]), x.dtype)
-    token = column = 0
-    for size in sizes:
-        count = min(max(size, 0), tokens - token)
-        out[column : column + count] = x[token : token + count]
-        token, column = token + count, column + -(-count // 128) * 128
-    return out
 
 
 def leaf_bytes(array):
