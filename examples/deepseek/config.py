@@ -112,7 +112,7 @@ PRESETS = {
         vocabulary=256, hidden=2048, dense_layers=1, moe_layers=5, heads=8, q_rank=768, kv_rank=256,
         nope_dim=64, rope_dim=64, v_dim=128, dense_intermediate=4096, experts=8, experts_per_token=2,
         shared_experts=1, expert_intermediate=1024, bias_speed=0.005, sequence=1024, batch=16, steps=2000,
-        warmup=100, learning_rate=6e-4, remat=False),
+        warmup=100, learning_rate=3e-4, remat=False),
     # DeepSeek-V3: 671 billion parameters, 37 billion of them active.
     "v3": Config(
         vocabulary=129_280, hidden=7168, dense_layers=3, moe_layers=58, heads=128, q_rank=1536, kv_rank=512,

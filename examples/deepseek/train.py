@@ -213,7 +213,7 @@ def _prepare_xla(out):
     flag = "--xla_gpu_exclude_nondeterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     # XLA picks its GEMMs by timing them. A run that resumes finds the program that it began with.
-    if jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
 
