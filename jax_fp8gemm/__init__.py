@@ -2,6 +2,7 @@
 
 from jax_fp8gemm.autodiff import dot, feed_forward, ragged_dot, ragged_feed_forward
 from jax_fp8gemm.autodiff_rules import GEMM_NAME, RESIDUAL_NAME
+from jax_fp8gemm.dot_general import Fp8FallbackWarning, dot_general
 from jax_fp8gemm.gemm import (
     fp8_gemm,
     fp8_gemm_masked,
@@ -9,6 +10,7 @@ from jax_fp8gemm.gemm import (
     fp8_gemm_ragged_m,
     group_sizes_from_ids,
 )
+from jax_fp8gemm.interop import from_qarray, to_qarray
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.moe import permute, unpermute
 from jax_fp8gemm.prepared import PreparedWeight, prepare
@@ -22,16 +24,19 @@ __version__ = "0.1.0"
 __all__ = [
     "GEMM_NAME",
     "RESIDUAL_NAME",
+    "Fp8FallbackWarning",
     "PreparedWeight",
     "ScaledArray",
     "dequantize",
     "dot",
+    "dot_general",
     "export_checks",
     "feed_forward",
     "fp8_gemm",
     "fp8_gemm_masked",
     "fp8_gemm_ragged_k",
     "fp8_gemm_ragged_m",
+    "from_qarray",
     "group_sizes_from_ids",
     "limit_sms",
     "permute",
@@ -47,5 +52,6 @@ __all__ = [
     "ragged_k_size",
     "register_flax_serialization",
     "save_gemms",
+    "to_qarray",
     "unpermute",
 ]

@@ -39,6 +39,11 @@ class PreparedWeight:
         return self.master.dtype
 
 
+jax.export.register_pytree_node_serialization(
+    PreparedWeight, serialized_name="jax_fp8gemm.PreparedWeight",
+    serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: ())
+
+
 def prepare(w: Float[Array, "*batch K N"], *, implementation: str | None = None) -> PreparedWeight:
     """Quantise a weight once, for several products: those of microbatches, or of recomputation.
 

@@ -10,27 +10,28 @@ In units of u = 2^-24, the relative error of an f32 rounding to nearest, with s 
     silu = gate s        e + 1
     hidden = silu up     e + 2       and so has d_up = d_hidden silu
 
-The derivative of silu, s (1 + gate (1 - s)), is zero near gate = -1.28, so that no relative error bounds it. 1 - s
-has the absolute error s e, and one rounding. The kernel computes silu (1 - s) + s with one FMA:
+The derivative of silu, s (1 + gate (1 - s)), is zero near gate = -1.28, so that no relative error bounds it.
+1 - s has the absolute error s e, and one rounding. The kernel computes silu (1 - s) + s with one FMA:
 
     silu (1 - s)         |gate| s ((1 - s) (e + 1) + s e + (1 - s))
     + s                  s e, and one rounding of a number of s (1 + |gate| (1 - s)) at most
     ------------------------
     derivative           s (1 + |gate|) (e + 3)
 
-and the reference s (1 + gate (1 - s)), with two more roundings at the same places, s (1 + |gate|) (e + 4). Two
-products with d_hidden and up add a rounding each:
+and the reference s (1 + gate (1 - s)), with one more rounding: s (1 + |gate|) (e + 4). Two products with
+d_hidden and up add a rounding each:
 
     d_gate               |d_hidden up| s (1 + |gate|) (e + 6)
 
-What is then quantised is y with an absolute error of E. A block's largest |y| has the largest E of the block, its
-scale twice a rounding more; the quotient has that relative error, two more roundings, and E / scale.
+What is then quantised is y with an absolute error of E. A block's largest |y| has the largest E of the block
+at most, and its scale two roundings more; a quotient has that relative error, two more roundings, and E over
+the scale.
 """
 
 import ml_dtypes
 import numpy as np
-from arranged import arranged, with_zeros_behind
 
+from arranged import arranged, with_zeros_behind
 from jax_fp8gemm.reference import MIN_SCALE
 from swiglu_bound import U, half_steps, largest_of_blocks
 
@@ -63,7 +64,7 @@ def assert_is_quantized(array, y, y_error):
 
 
 def assert_is_quantized_swiglu_backward(arrays, gate_up, d_hidden, sizes=None):
-    """Check rows, columns and hidden columns of [T, 2F] and [T, F], finite and moderate where there are groups."""
+    """Check rows, columns and hidden columns of gate_up [T, 2F] and d_hidden [T, F], moderate in groups."""
     rows, columns, hidden_columns = arrays
     sizes = [len(gate_up)] if sizes is None else sizes
     gate_up, d_hidden = with_zeros_behind(gate_up, sizes), with_zeros_behind(d_hidden, sizes)

@@ -242,6 +242,13 @@ def test_export_of_a_step(rng, name):
     assert_same(jax.export.deserialize(bytearray(data)).call(weights, x), step(weights, x))
 
 
+def test_prepared_weights_are_arguments_of_an_exported_program(rng):
+    x, (w,) = inputs(rng, "dot")
+    prepared, apply = prepare(w), jax.jit(dot)
+    data = jax.export.export(apply)(x, prepared).serialize()
+    assert_same(jax.export.deserialize(bytearray(data)).call(x, prepared), apply(x, w))
+
+
 @pytest.mark.parametrize("name", ["ragged_dot", "ragged_feed_forward"])
 def test_other_group_sizes_compile_nothing(rng, name):
     x, weights = inputs(rng, name)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from arranged import arranged
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arranged import arranged
 from jax_fp8gemm import fp8_gemm_ragged_k, quantize, quantize_transposed, ragged_k_size
 from jax_fp8gemm.reference import MIN_SCALE
 
