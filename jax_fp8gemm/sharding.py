@@ -3,11 +3,11 @@
 A rule names the dimensions of operands and results (`mesh/rule.py` has the language). From it follow, in
 every mesh mode, which shards a device computes in place, what is summed over devices, and what is refused:
 
-| mesh axes                   | a call                                                            | in               |
-|-----------------------------|-------------------------------------------------------------------|------------------|
-| none, or Manual (shard_map) | is the kernel on the arrays at hand                               | mesh/shard.py    |
-| Auto                        | is partitioned by XLA, which asks here when it compiles a program | mesh/auto.py     |
-| Explicit                    | has its plan in the types, and becomes a shard_map of its own     | mesh/explicit.py |
+| mesh axes                   | a call                                                    | in               |
+|-----------------------------|-----------------------------------------------------------|------------------|
+| none, or Manual (shard_map) | is the kernel on the arrays at hand                       | mesh/shard.py    |
+| Auto                        | is partitioned by XLA, which asks here when it compiles   | mesh/auto.py     |
+| Explicit                    | is planned when it is traced, and becomes a shard_map     | mesh/explicit.py |
 
 Over a factor of operands alone, as K is, devices sum up their f32 terms in one reduce, and round once. Scales
 follow their values; where a shard would not be whole blocks of them, the dimension is gathered.
@@ -34,7 +34,8 @@ every device sort its own tokens, inside of jax.shard_map:
         return unpermute(fp8_gemm_ragged_m(rows, w, group_sizes), positions, weights)
 
     tokens = P({axes})
-    jax.shard_map(experts, in_specs=(tokens, tokens, tokens, P()), out_specs=tokens)(x, expert_ids, weights, w)
+    in_specs = (tokens, tokens, tokens, P())
+    jax.shard_map(experts, in_specs=in_specs, out_specs=tokens)(x, expert_ids, weights, w)
 """
 _SORTED_GRADIENT = """\
 All tokens are sorted by group, whatever device they are on, so that no device has what its shard needs. Let \
@@ -77,12 +78,10 @@ def _factors(batch, lhs, lhs_dims, rhs, rhs_dims, rhs_scale):
     """The operands that are multiplied, each with the batch in front or, where that shares it, a 1."""
     lhs_dims, rhs_dims = (f"{'b' if x.shape[0] == batch else '.'} {dims}"
                           for x, dims in ((lhs, lhs_dims), (rhs, rhs_dims)))
-    in_blocks = lambda dims, rows: dims.replace(rows, f"{rows}/{SCALE_BLOCK}")
-    rhs_rows = "nk" if rows_per_scale(rhs, rhs_scale) == SCALE_BLOCK else "k"
-    rhs_scale_dims = rhs_dims
-    for factor in rhs_rows:
-        rhs_scale_dims = in_blocks(rhs_scale_dims, factor)
-    return {"lhs": lhs_dims, "lhs.scales": in_blocks(lhs_dims, "k"), "rhs": rhs_dims, "rhs.scales": rhs_scale_dims}
+    in_blocks = lambda dims: dims.replace("k", f"k/{SCALE_BLOCK}")
+    rhs_rows = f"n/{rows_per_scale(rhs, rhs_scale)}"
+    return {"lhs": lhs_dims, "lhs.scales": in_blocks(lhs_dims),
+            "rhs": rhs_dims, "rhs.scales": in_blocks(rhs_dims).replace("n", rhs_rows)}
 
 
 def _product(operands, result, accumulator=(), **options):
@@ -117,7 +116,7 @@ def _columns_of_own_groups(part, kernel, lhs, lhs_scale, rhs, rhs_scale, group_s
 
 
 def _own_groups(part, count, starts, sizes):
-    """Of starts and sizes [B, G]: the first own group's start [B], and the sizes of the `count` own groups."""
+    """Of starts and sizes [B, G]: where the first own group starts [B], and the sizes of the `count` own ones."""
     begin = part.index("g") * count
     own = lambda x: lax.dynamic_slice_in_dim(x, begin, count, axis=1)
     return own(starts)[:, 0], own(sizes)
@@ -128,7 +127,8 @@ def _shift(x, steps, axis):
     size = x.shape[axis]
     x = jnp.broadcast_to(x, (*steps.shape, *x.shape[1:]))
     padded = jnp.pad(x, [(size, size) if i == axis else (0, 0) for i in range(x.ndim)])
-    return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, size, axis - 1))(padded, size - steps)
+    take = lambda x, start: lax.dynamic_slice_in_dim(x, start, size, axis - 1)
+    return jax.vmap(take)(padded, size - steps)
 
 
 def _own_rows_of_groups(part, kernel, lhs, lhs_scale, rhs, rhs_scale, group_sizes):
@@ -154,8 +154,8 @@ def quantize(x, *, granularity, **_) -> Rule:
 def quantize_swiglu(x, *group_sizes, kind, **_) -> Rule:
     sizes = {RAGGED_M: {"group_sizes": "b ."}, MASKED: {"group_sizes": "b"}, None: {}}[kind]
     refused = {"m": _SORTED} if kind == RAGGED_M else {}
-    return rule({"x": "b m 2*f", **sizes}, {"values": "b m f", "scales": f"b m f/{SCALE_BLOCK}"}, refused=refused,
-                local=_halves_and_own_rows)
+    return rule({"x": "b m 2*f", **sizes}, {"values": "b m f", "scales": f"b m f/{SCALE_BLOCK}"},
+                refused=refused, local=_halves_and_own_rows)
 
 
 def _halves_and_own_rows(part, kernel, x, *group_sizes):

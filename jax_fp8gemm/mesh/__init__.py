@@ -1,1 +1,1 @@
-"""How an operation lies on a mesh of devices: one rule, in every mode that JAX has. `sharding.py` has the rules."""
+"""How an operation lies on a mesh of devices, in every mode that JAX has. `sharding.py` has the rules."""

@@ -8,16 +8,16 @@ from functools import partial
 
 import jax
 import numpy as np
+
+# Private: custom_partitioning decodes shardings with it, and cannot be asked to go on where that fails.
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Private: custom_partitioning decodes shardings with it, and cannot be asked to go on where that fails.
-from jax._src.sharding_impls import parse_flatten_op_sharding
-
 from jax_fp8gemm.mesh import shard
 from jax_fp8gemm.mesh.plan import make_plan, refusal
-from jax_fp8gemm.mesh.rule import Rule
+from jax_fp8gemm.mesh.rule import Dim, Rule
 
 
 def mesh_of(ctx) -> Mesh | None:
@@ -31,7 +31,8 @@ def mesh_of(ctx) -> Mesh | None:
     if mesh.empty:
         mesh = getattr(context, "abstract_mesh", None) or mesh
     devices = getattr(context, "device_assignment", None) or ()
-    if len(devices) < 2 or len(devices) != mesh.size or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    is_auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    if len(devices) < 2 or len(devices) != mesh.size or not is_auto:
         return None
     return Mesh(np.array(devices).reshape(mesh.axis_sizes), mesh.axis_names)
 
@@ -81,7 +82,7 @@ def _partition(static, _, operands, results):
     """XLA's question: the shardings that it can have, and what each device then runs."""
     call, mesh, arrays = static.call, static.mesh, [*operands, *results]
     specs = [_spec(x, mesh) for x in arrays]
-    reason = refusal(call.rule, specs)
+    reason = refusal(call.rule, mesh.shape, specs)
     if reason is not None:
         raise NotImplementedError(f"{call.name}: {reason}")
     plan = make_plan(call.rule, mesh.shape, [x.shape for x in arrays], specs)
@@ -109,46 +110,47 @@ def _propagation(static, _, operand_types, result_types):
     the blocks may be sharded; but what must not be sharded still reaches `_partition` where a user does so.
     """
     rule = static.call.rule
-    sizes = rule.sizes([type.shape for type in (*operand_types, *result_types)])
-    named = _Factors(rule, sizes)
-    side = lambda arrays: ", ".join(" ".join(map(named, array.dims)) for array in arrays)
+    names = _ShardyNames(rule, rule.sizes([type.shape for type in (*operand_types, *result_types)]))
+    side = lambda arrays: ", ".join(" ".join(map(names, array.dims)) for array in arrays)
     text = f"{side(rule.operands)} -> {side(rule.results)}"
-    return text, {"reduction_factors": tuple(dict.fromkeys(named.summed)),
-                  "need_replication_factors": tuple(dict.fromkeys(named.fixed)), **named.inner}
+    return text, {"reduction_factors": tuple(dict.fromkeys(names.summed)),
+                  "need_replication_factors": tuple(dict.fromkeys(names.whole)), **names.sizes}
 
 
-class _Factors:
-    """From dimensions to their names in Shardy's rule; on the way, which names are summed over or fixed.
+class _ShardyNames:
+    """From dimensions to Shardy's factors of them; on the way, which of these are summed over or whole.
 
-    NOTES: Shardy wants special factors in the order of their appearance, and none of size 1 in a compound.
+    NOTES: Shardy wants special factors in the order of their appearance, and none of size 1 in a compound. It
+    carries shardings along whole factors, too: what cannot be sharded gets a name of its own in each array.
     """
 
     def __init__(self, rule: Rule, sizes: dict[str, int]):
-        self.rule, self.sizes = rule, sizes
+        self.rule, self.factor_sizes = rule, sizes
         self.summed: list[str] = []
-        self.fixed: list[str] = []
-        self.inner: dict[str, int] = {}  # sizes of what is in a block
+        self.whole: list[str] = []
+        self.sizes: dict[str, int] = {}  # of those that stand in compounds alone
         self.count = 0
 
-    def __call__(self, dim) -> str:
-        if dim.factor is None or dim.copies > 1:
+    def __call__(self, dim: Dim) -> str:
+        factor = dim.factor
+        block = 1 if factor is None else self.rule.block(factor)
+        if factor is None or factor in self.rule.whole or factor in self.rule.refused or (
+                block > 1 and (self.factor_sizes[factor] % block or self.factor_sizes[factor] == block)):
             self.count += 1
-            return self._fix(f"x{self.count}")
-        factor, block = dim.factor, self.rule.block(dim.factor)
-        may_be_sharded = factor not in self.rule.whole and factor not in self.rule.refused
-        is_cut = block > 1 and self.sizes[factor] % block == 0 and self.sizes[factor] > block
-        outer, inner = (f"{factor}b", f"{factor}i") if block > 1 else (factor, None)
-        if not may_be_sharded or (block > 1 and not is_cut):
-            return self._fix(inner if inner and dim.block == 1 else outer)
+            return self._whole(f"x{self.count}")
         if factor in self.rule.summed:
-            self.summed.append(outer)
-        if block == 1 or dim.block > 1:
-            return outer
-        self.inner[inner] = block
-        return f"({outer} {self._fix(inner)})"
+            self.summed.append(factor)
+        parts = [factor]
+        if block > dim.block:
+            parts.append(self._whole(f"{factor}i", block))
+        if dim.copies > 1:  # in truth they are the slower part, but then no sharding of F would say one of 2F
+            parts.append(self._whole(f"{factor}c", dim.copies))
+        return f"({' '.join(parts)})" if len(parts) > 1 else factor
 
-    def _fix(self, name: str) -> str:
-        self.fixed.append(name)
+    def _whole(self, name: str, size: int | None = None) -> str:
+        self.whole.append(name)
+        if size is not None:
+            self.sizes[name] = size
         return name
 
 

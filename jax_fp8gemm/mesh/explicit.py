@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jax_fp8gemm.mesh import shard
-from jax_fp8gemm.mesh.plan import Plan, axes_of, contradiction, make_plan, openness, refusal
+from jax_fp8gemm.mesh.plan import Plan, axes_of, contradiction, make_plan, num_parts, openness, refusal
 from jax_fp8gemm.mesh.rule import Rule
 
 
@@ -40,7 +39,7 @@ def place(name: str, rule: Rule, operands, result_shapes, out_spec: PartitionSpe
     shapes, specs = _shapes_and_specs(avals, result_shapes, out_spec)
     mesh = avals[0].sharding.mesh.shape
     plan = make_plan(rule, mesh, shapes, specs)
-    refused = refusal(rule, specs)
+    refused = refusal(rule, mesh, specs)
     if refused is not None:
         raise NotImplementedError(f"{name}: {refused}")
     wrong = contradiction(rule, specs)
@@ -71,12 +70,12 @@ def requested_spec(name: str, out_sharding, shape: tuple[int, ...], mesh) -> Par
         for axis in axes:
             if kinds.get(axis) != AxisType.Explicit:
                 raise ValueError(
-                    f"{name}: out_sharding: expected Explicit axes of the operands' mesh, got {axis!r} in {spec} "
-                    f"and a mesh of {kinds}; on Auto axes use jax.lax.with_sharding_constraint")
-        count = math.prod(mesh.shape[axis] for axis in axes)
+                    f"{name}: out_sharding: expected Explicit axes of the operands' mesh, got {axis!r} in "
+                    f"{spec} and a mesh of {kinds}; on Auto axes use jax.lax.with_sharding_constraint")
+        count = num_parts(mesh.shape, axes)
         if size % count:
-            raise ValueError(f"{name}: out_sharding: {spec} cuts an axis of {size} into {count} parts, which are "
-                             "not equal; leave that axis out, or pad it")
+            raise ValueError(f"{name}: out_sharding: {spec} cuts an axis of {size} into {count} parts, which "
+                             "are not equal; leave that axis out, or pad it")
     return spec
 
 

@@ -71,10 +71,11 @@ def _choose(rule, mesh, shapes, specs):
     for hints in ([arrays[i] for i in first], [arrays[i] for i in last if i is not None]):
         for factor in rule.order:
             given = [given for array, spec in hints if (given := axes_given(array, spec, factor))]
-            if factor in axes or factor in rule.whole or factor in rule.refused or not given:
+            if factor in axes or not given:
                 continue
+            may_be_cut = factor not in rule.whole and factor not in rule.refused
             kept = fitting(given[0], sizes[factor], rule.block(factor), mesh, used)
-            if kept:
+            if kept and (may_be_cut or num_parts(mesh, kept) == 1):
                 axes[factor] = kept
                 used.update(kept)
     return axes
@@ -92,9 +93,15 @@ def fitting(axes: Axes, size: int, block: int, mesh: Mapping[str, int], used: se
     """As many of the axes, from the first on, as are free and cut `size` into whole blocks."""
     for count in range(len(axes), 0, -1):
         kept = axes[:count]
-        if not used.intersection(kept) and size % (block * math.prod(mesh[name] for name in kept)) == 0:
+        parts = num_parts(mesh, kept)
+        if not used.intersection(kept) and (parts == 1 or size % (block * parts) == 0):
             return kept
     return ()
+
+
+def num_parts(mesh: Mapping[str, int], axes: Axes) -> int:
+    """In how many parts the mesh axes cut a dimension; those of size 1 leave it whole."""
+    return math.prod(mesh[name] for name in axes)
 
 
 def _spec(axes):
@@ -107,8 +114,8 @@ def _scatter(spec, asked, shape, mesh, reduce):
     for dim, wanted in enumerate(map(axes_of, asked)):
         kept = entries[dim]
         extra = wanted[len(kept):]
-        parts = math.prod(mesh[name] for name in wanted)
-        if extra and wanted[:len(kept)] == kept and set(extra) <= set(reduce) and shape[dim] % parts == 0:
+        fits = wanted[:len(kept)] == kept and shape[dim] % num_parts(mesh, wanted) == 0
+        if extra and fits and set(extra) <= set(reduce):
             entries[dim] = wanted
             scatter.append((dim, extra))
     return _spec(entries), tuple(scatter)
@@ -117,12 +124,12 @@ def _scatter(spec, asked, shape, mesh, reduce):
 # ---- what a plan had to change, in words
 
 
-def refusal(rule: Rule, specs: Sequence[PartitionSpec]) -> str | None:
+def refusal(rule: Rule, mesh: Mapping[str, int], specs: Sequence[PartitionSpec]) -> str | None:
     """Why this cannot be computed at all, and what to do instead; None where it can."""
     for array, spec in zip(rule.operands, specs, strict=False):
         for dim, entry in zip(array.dims, spec, strict=True):
             axes = axes_of(entry)
-            if dim.factor in rule.refused and axes:
+            if dim.factor in rule.refused and num_parts(mesh, axes) > 1:
                 message = rule.refused[dim.factor].format(axes=_quoted(axes))
                 return f"{_where(dim, array, axes)}. {message}"
     return None
@@ -163,7 +170,7 @@ def openness(rule: Rule, mesh: Mapping[str, int], shapes: Sequence[tuple[int, ..
 def _reason(rule, dim, axes, sizes, mesh):
     if dim.factor in rule.whole:
         return f": {rule.whole[dim.factor]}"
-    size, block, parts = sizes[dim.factor], rule.block(dim.factor), math.prod(mesh[name] for name in axes)
+    size, block, parts = sizes[dim.factor], rule.block(dim.factor), num_parts(mesh, axes)
     if size % (block * parts):
         return f": {size} over {parts} devices makes no whole blocks of {block}"
     return ", over which another dimension is sharded too"
@@ -174,4 +181,4 @@ def _where(dim: Dim, array: Array, axes: Axes) -> str:
 
 
 def _quoted(axes: Axes) -> str:
-    return ", ".join(map(repr, axes))
+    return repr(axes[0] if len(axes) == 1 else axes)

@@ -26,7 +26,7 @@ class MeshPrimitive(Primitive):
     Its parameters are those of the kernel, and
 
       mapped: for each axis of `vmap`, the outermost first, which operands have it in front; all results do.
-      out_spec: where the one result of a GEMM shall lie on Explicit mesh axes; None leaves it to the operands.
+      out_spec: where the one result shall lie on Explicit mesh axes; None leaves it to the operands.
     """
 
     multiple_results = True
@@ -60,7 +60,8 @@ class MeshPrimitive(Primitive):
         return [((*sizes, *shape), dtype) for shape, dtype in results]
 
     def _rule(self, avals, mapped, params):
-        return self.operation.sharding(*_without_mapped(avals, mapped), **_of_operation(params)).mapped(mapped)
+        rule = self.operation.sharding(*_without_mapped(avals, mapped), **_of_operation(params))
+        return rule.mapped(mapped)
 
     def _plan(self, avals, mapped, out_spec, params):
         """Where things lie on Explicit axes; None where nothing is, or shall be, sharded over one."""

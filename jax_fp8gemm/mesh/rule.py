@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+MAPPED = "mapped"  # and a number: the factor of an axis of vmap
+
 
 class Dim(NamedTuple):
     """One dimension: its factor (None where nothing may be sharded), how much of that an index stands for,
@@ -36,6 +38,8 @@ class Dim(NamedTuple):
         return Dim(factor, int(block or 1), int(copies or 1))
 
     def __str__(self) -> str:
+        if self.factor.startswith(MAPPED):
+            return "a mapped axis"
         return f"{self.copies if self.copies > 1 else ''}{self.factor.upper()}"
 
 
@@ -110,7 +114,7 @@ class Rule:
 
         Results have all of them.
         """
-        names = [f"v{i}" for i in range(len(flags))]
+        names = [f"{MAPPED}{i}" for i in range(len(flags))]
 
         def in_front(array: Array, has: Sequence[bool]) -> Array:
             front = tuple(Dim(name) for name, flag in zip(names, has, strict=True) if flag)
@@ -133,8 +137,8 @@ def rule(operands: Mapping[str, str], results: Mapping[str, str], *, order: str 
       >>> rule({"lhs": "m k", "rhs": "n k"}, {"the result": "m n"}).summed
       ('k',)
     """
-    parse = lambda arrays: tuple(Array(name, tuple(map(Dim.parse, text.split()))) for name, text in arrays.items())
-    operands, results = parse(operands), parse(results)
+    parse = lambda name, text: Array(name, tuple(map(Dim.parse, text.split())))
+    operands, results = (tuple(parse(*item) for item in arrays.items()) for arrays in (operands, results))
     if order is None:
         factors = (dim.factor for array in results + operands for dim in array.dims)
         order = " ".join(dict.fromkeys(factor for factor in factors if factor is not None))

@@ -64,30 +64,50 @@ def run(call: Call, plan: Plan, mesh: Mapping[str, int], *operands: jax.Array) -
     and rounded once. Terms of which all but one are zero are exact as they are.
     """
     if not plan.reduce and not plan.scatter:
-        return _run_kernel(call, plan, mesh, operands, call.params)
-    operands, flags, accumulator = list(operands), call.mapped, None
-    if call.rule.accumulator is not None:
-        accumulator = operands.pop(call.rule.accumulator)
-        flags = tuple(has[:call.rule.accumulator] + has[call.rule.accumulator + 1:] for has in flags)
-    params, out_dtype = dict(call.params), call.params["out_dtype"]
+        return _run_kernel(call, plan, mesh, operands)
+    params = call.params
     if any(factor in plan.axes for factor in call.rule.summed if factor not in call.rule.disjoint):
-        params["out_dtype"] = jnp.dtype(jnp.float32)
-    (out,) = _run_kernel(dataclasses.replace(call, mapped=flags), plan, mesh, operands, params)
+        params = {**params, "out_dtype": jnp.dtype(jnp.float32)}
+    term = dataclasses.replace(call, params=params)
+    if call.rule.accumulator is None:
+        (out,) = _run_kernel(term, plan, mesh, operands)
+        total = _sum_over_devices(out, plan)
+    else:
+        out, accumulator = _without_accumulator(term, plan, mesh, operands)
+        total = accumulator + _sum_over_devices(out, plan)
+    return [total.astype(call.params["out_dtype"])]
+
+
+def _sum_over_devices(out, plan):
     for dim, axes in plan.scatter:
         out = lax.psum_scatter(out, axes, scatter_dimension=dim, tiled=True)
-    if plan.reduce:
-        out = lax.psum(out, plan.reduce)
-    return [(out if accumulator is None else accumulator + out).astype(out_dtype)]
+    return lax.psum(out, plan.reduce) if plan.reduce else out
+
+
+def _without_accumulator(call, plan, mesh, operands):
+    """This device's term, and the accumulator that is still to be added.
+
+    The term is one for all along an axis over which the accumulator alone is mapped.
+    """
+    place = call.rule.accumulator
+    mapped = [flags[:place] + flags[place + 1:] for flags in call.mapped]
+    call = dataclasses.replace(call, mapped=tuple(flags for flags in mapped if any(flags)))
+    (out,) = _run_kernel(call, plan, mesh, operands[:place] + operands[place + 1:])
+    shape = list(operands[place].shape)
+    for dim, axes in plan.scatter:
+        shape[dim] *= math.prod(mesh[name] for name in axes)
+    out = jnp.expand_dims(out, [i for i, flags in enumerate(mapped) if not any(flags)])
+    return jnp.broadcast_to(out, shape), operands[place]
 
 
 def run_alone(call: Call, *operands: jax.Array) -> list[jax.Array]:
     """The results on arrays that are not sharded, or that are one device's already."""
-    return _run_kernel(call, ALONE, {}, operands, call.params)
+    return _run_kernel(call, ALONE, {}, operands)
 
 
-def _run_kernel(call, plan, mesh, operands, params):
+def _run_kernel(call, plan, mesh, operands):
     part = Part(plan.axes, mesh)
-    kernel = lambda *operands: call.kernel.bind(*match_varying(*operands), **params)
+    kernel = lambda *operands: call.kernel.bind(*match_varying(*operands), **call.params)
     return list(over_mapped(partial(call.rule.local, part, kernel), call.mapped)(*operands))
 
 
