@@ -116,7 +116,7 @@ def _columns_of_own_groups(part, kernel, lhs, lhs_scale, rhs, rhs_scale, group_s
 
 
 def _own_groups(part, count, starts, sizes):
-    """Of starts and sizes [B, G]: where the first own group starts [B], and the sizes of the `count` own ones."""
+    """Of starts and sizes [B, G]: where the first own group starts [B], the sizes of the `count` own ones."""
     begin = part.index("g") * count
     own = lambda x: lax.dynamic_slice_in_dim(x, begin, count, axis=1)
     return own(starts)[:, 0], own(sizes)
