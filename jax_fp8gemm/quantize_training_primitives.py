@@ -7,7 +7,7 @@ Scales of single rows leave the kernels with the rows fastest in memory, as the 
 
 from __future__ import annotations
 
-from jax_fp8gemm import reference_training
+from jax_fp8gemm import reference_training, sharding
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, round_up
 from jax_fp8gemm.operation import Operation, fold_into_batch, register
 from jax_fp8gemm.quantize_primitives import scaled_results
@@ -39,7 +39,8 @@ def _both_results(x, *group_sizes, dtype):
 
 
 quantize_both_p = register(Operation("fp8_quantize_both", _both_results, fold_into_batch,
-                                     reference_training.quantize_both, reference_training.quantize_both))
+                                     reference_training.quantize_both, reference_training.quantize_both,
+                                     sharding.quantize_both))
 
 
 # ---- fp8_quantize_weights: w [B, K, N]
@@ -57,7 +58,7 @@ def _weights_results(w, *, dtype):
 
 quantize_weights_p = register(Operation("fp8_quantize_weights", _weights_results, fold_into_batch,
                                         reference_training.quantize_weights,
-                                        reference_training.quantize_weights))
+                                        reference_training.quantize_weights, sharding.quantize_weights))
 
 
 # ---- fp8_quantize_swiglu_backward: gate_up [B, T, 2F], d_hidden [B, T, F], [group_sizes]
@@ -75,4 +76,5 @@ def _swiglu_backward_results(gate_up, d_hidden, *group_sizes, dtype):
 
 quantize_swiglu_backward_p = register(Operation(
     "fp8_quantize_swiglu_backward", _swiglu_backward_results, fold_into_batch,
-    reference_training.quantize_swiglu_backward, reference_training.quantize_swiglu_backward))
+    reference_training.quantize_swiglu_backward, reference_training.quantize_swiglu_backward,
+    sharding.quantize_swiglu_backward))

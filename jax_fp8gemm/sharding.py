@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8gemm.jit.problem import MASKED, RAGGED_M, SCALE_BLOCK
-from jax_fp8gemm.mesh.exchange import to_halves
+from jax_fp8gemm.mesh.exchange import from_halves, to_halves
 from jax_fp8gemm.mesh.rule import Rule, rule
 from jax_fp8gemm.reference import batch_size, group_bounds, rows_per_scale
 
@@ -161,7 +161,7 @@ def quantize_swiglu(x, *group_sizes, kind, **_) -> Rule:
 def _halves_and_own_rows(part, kernel, x, *group_sizes):
     """F sharded: a device has neighbouring columns of gate | up, and needs the same part of either."""
     if part.is_sharded("f"):
-        x = to_halves(x, part.axes["f"], part.count("f"))
+        x = to_halves(x, part.axes["f"], part.count("f"), axis=2)
     if group_sizes and group_sizes[0].ndim == 1:  # masked
         group_sizes = [_in_own_rows(part, group_sizes[0], x.shape[1])]
     return kernel(x, *group_sizes)
@@ -170,6 +170,53 @@ def _halves_and_own_rows(part, kernel, x, *group_sizes):
 def quantize_transposed(x, group_sizes, **_) -> Rule:
     return rule({"x": "b t n", "group_sizes": "b ."}, {"values": "b n .", "scales": "b n ."},
                 refused={"t": _SORTED_GRADIENT})
+
+
+# ---- the quantisers of a training step
+
+
+def quantize_both(x, *group_sizes, **_) -> Rule:
+    rows = {"rows": "b t n", "row scales": f"b t n/{SCALE_BLOCK}"}
+    columns, options = _columns(x.shape[1], group_sizes, columns="n")
+    return rule({"x": "b t n", **_sizes(group_sizes)}, {**rows, **columns}, **options)
+
+
+def quantize_weights(w, **_) -> Rule:
+    blocks = "b {}/{rows} {}/{rows}".format
+    return rule({"w": "b k n"}, {"forward": "b n k", "forward scales": blocks("n", "k", rows=SCALE_BLOCK),
+                                 "backward": "b k n", "backward scales": blocks("k", "n", rows=SCALE_BLOCK)})
+
+
+def quantize_swiglu_backward(gate_up, d_hidden, *group_sizes, **_) -> Rule:
+    rows = {"rows": "b t 2*f", "row scales": f"b t 2*f/{SCALE_BLOCK}"}
+    columns, options = _columns(gate_up.shape[1], group_sizes, columns="2*f")
+    hidden, _ = _columns(gate_up.shape[1], group_sizes, columns="f", name="hidden column")
+    return rule({"gate_up": "b t 2*f", "d_hidden": "b t f", **_sizes(group_sizes)},
+                {**rows, **columns, **hidden}, local=_halves_there_and_back, **options)
+
+
+def _sizes(group_sizes):
+    return {"group_sizes": "b ."} if group_sizes else {}
+
+
+def _columns(tokens, group_sizes, *, columns, name="column"):
+    """Results that are quantised along the tokens, and what that means for these."""
+    if group_sizes or tokens % SCALE_BLOCK:
+        options = {"refused": {"t": _SORTED_GRADIENT}} if group_sizes else {
+            "whole": {"t": f"{tokens} tokens are no whole blocks of {SCALE_BLOCK}"}}
+        return {f"{name}s": f"b {columns} .", f"{name} scales": f"b {columns} ."}, options
+    return {f"{name}s": f"b {columns} t", f"{name} scales": f"b {columns} t/{SCALE_BLOCK}"}, {}
+
+
+def _halves_there_and_back(part, kernel, gate_up, d_hidden, *group_sizes):
+    """F sharded: as `_halves_and_own_rows`, and the gradients of gate | up are neighbouring columns again."""
+    if not part.is_sharded("f"):
+        return kernel(gate_up, d_hidden, *group_sizes)
+    where = part.axes["f"], part.count("f")
+    rows, row_scales, columns, column_scales, *hidden = kernel(
+        to_halves(gate_up, *where, axis=2), d_hidden, *group_sizes)
+    gradients = (rows, 2), (row_scales, 2), (columns, 1), (column_scales, 1)
+    return [*(from_halves(x, *where, axis=axis) for x, axis in gradients), *hidden]
 
 
 # ---- around the grouped GEMMs

@@ -18,8 +18,11 @@ from jax_fp8gemm import (
     fp8_gemm_ragged_m,
     permute,
     quantize,
+    quantize_both,
     quantize_swiglu,
+    quantize_swiglu_backward,
     quantize_transposed,
+    quantize_weights,
 )
 from jax_fp8gemm.scaling import SQUARE_BLOCKS
 from meshes import AUTO, EXPLICIT, assert_same_bits, normal, run, scaled, weights
@@ -132,6 +135,21 @@ CASES = {
         swiglu, (normal(M, 2 * K), SIZES), (P(None, "y"), P()), None, {"collective-permute": 2}),
     "swiglu, masked, G": Case(swiglu, (normal(G, M, 400), SIZES), (X, X), local_out=X),
     "swiglu, masked, M": Case(swiglu, (normal(G, M, 400), SIZES), (ROWS, P())),
+    "quantize_both, T": Case(quantize_both, (normal(N, 200),), (X,), local_out=(X, ROWS)),
+    "quantize_both, N": Case(quantize_both, (normal(M, K),), (ROWS,), local_out=(ROWS, X)),
+    "quantize_both, T, part of a block": Case(quantize_both, (normal(M, 200),), (X,), None, {"all-gather": 1}),
+    "quantize_both, groups, N": Case(quantize_both, (normal(M, K), SIZES), (ROWS, P()), local_out=(ROWS, X)),
+    "quantize_weights, K and N": Case(
+        quantize_weights, (normal(N, 256),), (P("x", "y"),), local_out=(P("y", "x"), P("x", "y"))),
+    "quantize_weights, G and N": Case(quantize_weights, (normal(G, 200, 256),), (P("x", None, "y"),),
+                                      local_out=(P("x", "y"), P("x", None, "y"))),
+    "swiglu backward, T": Case(quantize_swiglu_backward, (normal(N, 400), normal(N, 200)), (X, X),
+                               local_out=(X, ROWS, ROWS)),
+    "swiglu backward, F": Case(quantize_swiglu_backward, (normal(M, 2 * K), normal(M, K)), (ROWS, ROWS), None,
+                               {"collective-permute": 10}),
+    "swiglu backward, groups, F": Case(
+        quantize_swiglu_backward, (normal(M, 2 * K), normal(M, K), SIZES), (ROWS, ROWS, P()), None,
+        {"collective-permute": 10}),
     "quantize_transposed, N": Case(quantize_transposed, (normal(M, 64), SIZES), (ROWS, P()), local_out=X),
     "permute, K": Case(routed, (normal(M, K), IDS), (ROWS, P())),
 }

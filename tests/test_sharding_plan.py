@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_fp8gemm.mesh.exchange import to_halves
+from jax_fp8gemm.mesh.exchange import from_halves, to_halves
 from jax_fp8gemm.mesh.plan import contradiction, fitting, make_plan, openness, refusal
 from jax_fp8gemm.mesh.rule import Dim, rule
 
@@ -96,8 +96,10 @@ def test_what_is_wrong_is_said():
 def test_halves_are_exchanged(count):
     mesh = jax.make_mesh((count,), ("x",), devices=jax.devices("cpu")[:count], axis_types=(AxisType.Auto,))
     x = jnp.arange(3 * 6 * count).reshape(3, 6 * count)
-    exchange = jax.shard_map(partial(to_halves, axes=("x",), count=count), mesh=mesh, in_specs=P(None, "x"),
-                             out_specs=P(None, "x"))
+    over_columns = partial(jax.shard_map, mesh=mesh, in_specs=P(None, "x"), out_specs=P(None, "x"))
+    there, back = (jax.jit(over_columns(partial(function, axes=("x",), count=count, axis=1)))
+                   for function in (to_halves, from_halves))
     gate, up = (half.reshape(3, count, 3) for half in np.split(np.asarray(x), 2, axis=1))
     expected = np.concatenate([gate, up], axis=2).reshape(3, 6 * count)
-    np.testing.assert_array_equal(jax.jit(exchange)(x), expected)
+    np.testing.assert_array_equal(there(x), expected)
+    np.testing.assert_array_equal(back(there(x)), x)

@@ -114,7 +114,7 @@ def _propagation(static, _, operand_types, result_types):
     side = lambda arrays: ", ".join(" ".join(map(names, array.dims)) for array in arrays)
     text = f"{side(rule.operands)} -> {side(rule.results)}"
     return text, {"reduction_factors": tuple(dict.fromkeys(names.summed)),
-                  "need_replication_factors": tuple(dict.fromkeys(names.whole)), **names.sizes}
+                  "need_replication_factors": tuple(dict.fromkeys(names.whole)), **names.compound_sizes()}
 
 
 class _ShardyNames:
@@ -128,7 +128,8 @@ class _ShardyNames:
         self.rule, self.factor_sizes = rule, sizes
         self.summed: list[str] = []
         self.whole: list[str] = []
-        self.sizes: dict[str, int] = {}  # of those that stand in compounds alone
+        self.sizes: dict[str, int] = {}  # of those that stand in compounds
+        self.alone: set[str] = set()  # what stands outside of compounds
         self.count = 0
 
     def __call__(self, dim: Dim) -> str:
@@ -141,11 +142,19 @@ class _ShardyNames:
         if factor in self.rule.summed:
             self.summed.append(factor)
         parts = [factor]
+        self.sizes[factor] = self.factor_sizes[factor] // block
         if block > dim.block:
             parts.append(self._whole(f"{factor}i", block))
         if dim.copies > 1:  # in truth they are the slower part, but then no sharding of F would say one of 2F
             parts.append(self._whole(f"{factor}c", dim.copies))
-        return f"({' '.join(parts)})" if len(parts) > 1 else factor
+        if len(parts) > 1:
+            return f"({' '.join(parts)})"
+        self.alone.add(factor)
+        return factor
+
+    def compound_sizes(self) -> dict[str, int]:
+        """The sizes that Shardy cannot see from those of dimensions."""
+        return {name: size for name, size in self.sizes.items() if name not in self.alone}
 
     def _whole(self, name: str, size: int | None = None) -> str:
         self.whole.append(name)
