@@ -202,7 +202,7 @@ def _sizes(group_sizes):
 def _columns(tokens, group_sizes, *, columns, name="column"):
     """Results that are quantised along the tokens, and what that means for these."""
     if group_sizes or tokens % SCALE_BLOCK:
-        options = {"refused": {"t": _SORTED_GRADIENT}} if group_sizes else {
+        options = {"refused": {"t": _SORTED}} if group_sizes else {
             "whole": {"t": f"{tokens} tokens are no whole blocks of {SCALE_BLOCK}"}}
         return {f"{name}s": f"b {columns} .", f"{name} scales": f"b {columns} ."}, options
     return {f"{name}s": f"b {columns} t", f"{name} scales": f"b {columns} t/{SCALE_BLOCK}"}, {}

@@ -16,8 +16,14 @@ from jax_fp8gemm import ScaledArray
 from jax_fp8gemm.mesh.plan import axes_of
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS, scale_shape
 
-AUTO, EXPLICIT = (jax.make_mesh((4, 2), ("x", "y"), devices=jax.devices("cpu"), axis_types=(kind,) * 2)
-                  for kind in (AxisType.Auto, AxisType.Explicit))
+
+def mesh_of(*kinds, x=4, y=2):
+    """x * y devices, and the kinds of both axes or of each."""
+    return jax.make_mesh((x, y), ("x", "y"), devices=jax.devices("cpu")[:x * y],
+                         axis_types=kinds if len(kinds) == 2 else kinds * 2)
+
+
+AUTO, EXPLICIT = map(mesh_of, (AxisType.Auto, AxisType.Explicit))
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -42,7 +48,7 @@ def normal(*shape, dtype=jnp.bfloat16):
 
 def use(mesh):
     """Explicit types need the mesh in context. An Auto mesh need only be in the operands' shardings."""
-    return jax.set_mesh(mesh) if mesh is EXPLICIT else contextlib.nullcontext()
+    return jax.set_mesh(mesh) if AxisType.Explicit in mesh.axis_types else contextlib.nullcontext()
 
 
 def place(mesh, operands, specs):

@@ -137,7 +137,8 @@ CASES = {
     "swiglu, masked, M": Case(swiglu, (normal(G, M, 400), SIZES), (ROWS, P())),
     "quantize_both, T": Case(quantize_both, (normal(N, 200),), (X,), local_out=(X, ROWS)),
     "quantize_both, N": Case(quantize_both, (normal(M, K),), (ROWS,), local_out=(ROWS, X)),
-    "quantize_both, T, part of a block": Case(quantize_both, (normal(M, 200),), (X,), None, {"all-gather": 1}),
+    "quantize_both, T, part of a block": Case(
+        quantize_both, (normal(M, 200),), (X,), None, {"all-gather": 1}),
     "quantize_both, groups, N": Case(quantize_both, (normal(M, K), SIZES), (ROWS, P()), local_out=(ROWS, X)),
     "quantize_weights, K and N": Case(
         quantize_weights, (normal(N, 256),), (P("x", "y"),), local_out=(P("y", "x"), P("x", "y"))),

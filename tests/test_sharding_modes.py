@@ -24,6 +24,7 @@ from meshes import (
     EXPLICIT,
     assert_same_bits,
     collectives,
+    mesh_of,
     normal,
     place,
     run,
@@ -36,6 +37,7 @@ from test_sharding import CASES, K, M, N
 gemm = partial(fp8_gemm, out_dtype=jnp.float32)
 LHS, RHS = scaled(M, K), weights(N, K)
 LHS_BATCH, RHS_BATCH = scaled(4, M, K), weights(4, N, K)
+MIXED = mesh_of(AxisType.Explicit, AxisType.Auto)
 MESHES = pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 PARTITIONED = "CustomSPMDPartitioning"
 
@@ -130,9 +132,7 @@ def test_shard_map_over_k(check_vma):
     assert found == {"all-reduce": 1}
 
 
-@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT, jax.make_mesh(
-    (4, 2), ("x", "y"), devices=jax.devices("cpu"), axis_types=(AxisType.Explicit, AxisType.Auto))],
-    ids=["auto", "explicit", "mixed"])
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT, MIXED], ids=["auto", "explicit", "mixed"])
 def test_shard_map_over_one_of_two_axes(mesh):
     over_m = jax.shard_map(gemm, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"), axis_names={"x"})
     with jax.set_mesh(mesh):
@@ -141,10 +141,8 @@ def test_shard_map_over_one_of_two_axes(mesh):
 
 
 def test_a_mesh_of_explicit_and_auto_axes():
-    mesh = jax.make_mesh((4, 2), ("x", "y"), devices=jax.devices("cpu"),
-                         axis_types=(AxisType.Explicit, AxisType.Auto))
-    with jax.set_mesh(mesh):
-        actual = jax.jit(gemm)(*place(mesh, (LHS, RHS), (P("x"), P("y"))))
+    with jax.set_mesh(MIXED):
+        actual = jax.jit(gemm)(*place(MIXED, (LHS, RHS), (P("x"), P("y"))))
     assert jax.typeof(actual).sharding.spec == P("x", None)
     assert_same_bits(actual, gemm(LHS, RHS))
 
@@ -191,7 +189,7 @@ def test_contradicting_shards_of_k_are_exchanged_on_auto_axes():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_axis_of_size_one_cuts_nothing(kind):
     """Neither is a block cut by it, nor is a token on another device."""
-    mesh = jax.make_mesh((1, 2), ("x", "y"), devices=jax.devices("cpu")[:2], axis_types=(kind,) * 2)
+    mesh = mesh_of(kind, x=1)
     experts, sizes = weights(4, 192, K), jnp.array([5, 0, 9, 7], jnp.int32)
     call = lambda lhs, rhs, experts: (fp8_gemm(lhs, rhs), fp8_gemm_ragged_m(lhs, experts, sizes))
     operands = LHS, weights(192, K), experts

@@ -17,6 +17,12 @@ def is_sharded(aval) -> bool:
     return AxisType.Explicit in aval.sharding.mesh.axis_types and any(aval.sharding.spec)
 
 
+def spec_of(x) -> PartitionSpec | None:
+    """The PartitionSpec in the type of x; None where its mesh has no Explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
 def has_plan(avals, out_spec: PartitionSpec | None) -> bool:
     """Whether a call has to be planned when it is traced."""
     return out_spec is not None or any(map(is_sharded, avals))
