@@ -36,7 +36,8 @@ def fp8_gemm(
     fixed order.
 
     K that is no multiple of 16 costs a padded copy of both values; nothing else is padded. Under `vmap`, over
-    one operand or both and nested, the call stays one kernel launch.
+    one operand or both and nested, the call stays one kernel launch. On a mesh each device multiplies its
+    shards; a sharded K is summed up in one reduce, in float32.
 
     Args:
       lhs: [M, K] or [B, M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -44,7 +45,8 @@ def fp8_gemm(
       out_dtype: bfloat16 or float32.
       accumulator: [M, N] or [B, M, N] float32, added to the product; needs out_dtype=float32. The result
         takes its place in memory where it is donated to `jit`, or is not used afterwards inside of it.
-      batch_invariant: never split K, so that a row's bits do not depend on M, at some cost for small M.
+      batch_invariant: never split K, so that a row's bits do not depend on M, at some cost for small M; a
+        sharded K is gathered.
       implementation: None takes the kernel on Hopper GPUs and plain jnp elsewhere; "hopper" insists on the
         kernel; "reference" takes jnp (`reference.gemm`) everywhere.
       out_sharding: of the result, on a mesh with Explicit axes; needed where the operands leave it open, as
@@ -56,7 +58,8 @@ def fp8_gemm(
     Raises:
       ValueError: an argument that does not fit: its name, what was expected, what came.
       NotImplementedError: implementation="hopper" is lowered for something else, or the kernel would have to
-        be compiled for a size that is symbolic (`jax.export`) or does not fit into 31 bits.
+        be compiled for a size that is symbolic (`jax.export`) or does not fit into 31 bits. On Auto mesh axes
+        XLA reports it, as a JaxRuntimeError, when it compiles.
 
     Example:
       >>> w = quantize(jnp.ones((2112, 7168), jnp.bfloat16), granularity=(128, 128))
@@ -98,6 +101,9 @@ def fp8_gemm_ragged_m(
 
     On Hopper, a row's bits are those of `fp8_gemm(..., batch_invariant=True)` with the rhs of its group.
     Under `vmap`, over any operands and nested, the call stays one kernel launch.
+
+    On a mesh N and K may be sharded, and G: then each device multiplies the rows of its groups, and one
+    reduce puts these together. M cannot, outside of `jax.shard_map`: the rows are sorted over all devices.
 
     Args:
       lhs: [M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -144,7 +150,7 @@ def fp8_gemm_masked(
     spread it, or read valid rows only.
 
     On Hopper, a row's bits are those of `fp8_gemm(..., batch_invariant=True)`. Under `vmap`, over any
-    operands and nested, the call stays one kernel launch.
+    operands and nested, the call stays one kernel launch. On a mesh G, M, N and K may be sharded.
 
     Args:
       lhs: [G, M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -199,7 +205,8 @@ def fp8_gemm_ragged_k(
     Columns past the last group are not read; a group without tokens is zero, or its accumulator.
 
     On Hopper, a group's bits are those of `fp8_gemm(..., batch_invariant=True)` over its columns. Under
-    `vmap`, over any operands and nested, the call stays one kernel launch.
+    `vmap`, over any operands and nested, the call stays one kernel launch. On a mesh M and N may be sharded,
+    and G, in the accumulator or by `out_sharding`; K cannot, outside of `jax.shard_map`.
 
     Args:
       lhs: [M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).

@@ -34,15 +34,16 @@ def quantize(
     * The last blocks of R and C may be partial; zero-sized axes are fine. A C that is a multiple of 8 is
       fastest.
 
-    On Hopper this is one kernel, also under `vmap`, and its scales lie in memory as the GEMMs want them.
+    On Hopper this is one kernel, also under `vmap`, and its scales lie in memory as the GEMMs want them. On a
+    mesh every device quantises its shard, if that is whole blocks; else the axis is gathered.
 
     Args:
       x: [*, R, C] bfloat16, float16 or float32; C is the axis that a GEMM will contract.
       granularity: (1, 128) for activations, (128, 128) for weights.
       dtype: float8_e4m3fn or float8_e5m2.
-      implementation: None takes the kernel on Hopper GPUs, unless a size is symbolic (`jax.export`) or x
-        sharded over an Explicit mesh axis, and plain jnp elsewhere, with the same bits; "hopper" insists on
-        the kernel; "reference" takes jnp (`reference.quantize`) everywhere.
+      implementation: None takes the kernel on Hopper GPUs, unless a size is symbolic (`jax.export`), and
+        plain jnp elsewhere, with the same bits; "hopper" insists on the kernel; "reference" takes jnp
+        (`reference.quantize`) everywhere.
 
     Returns:
       A ScaledArray of the shape of x.
@@ -90,6 +91,9 @@ def quantize_swiglu(
       scale;
     * x [G, M, 2F], masked: rows of x[g] from group_sizes[g] on are neither read nor written, and time follows
       the others. On Hopper they hold whatever memory held; elsewhere they are NaN.
+
+    On a mesh, sharded columns of x are exchanged, once, for the same part of gate and of up on each device;
+    rows that are sorted by group cannot be sharded.
 
     Args:
       x: [*, M, 2F] bfloat16, float16 or float32; an F that is a multiple of 8 is fastest.
@@ -139,7 +143,8 @@ def quantize_transposed(
     of group g - 1, and a block's scale is that of its tokens. All other columns are zeros, and blocks of them
     have the smallest scale. K is `ragged_k_size(T, G)`, enough for any sizes: these stay on the device.
 
-    On Hopper this is one kernel, also under `vmap`.
+    On Hopper this is one kernel, also under `vmap`. On a mesh N may be sharded; T cannot, outside of
+    `jax.shard_map`, as tokens are sorted over all devices.
 
     Args:
       x: [T, N] bfloat16, float16 or float32; an N that is a multiple of 8 is fastest.

@@ -24,6 +24,7 @@ def mesh_of(*kinds, x=4, y=2):
 
 
 AUTO, EXPLICIT = map(mesh_of, (AxisType.Auto, AxisType.Explicit))
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}  # machine code as it comes: these programs run once
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -66,8 +67,13 @@ def run(mesh, function, operands, specs, **options):
     """The results of `function` on operands that are sharded, and the collectives in the compiled program."""
     with use(mesh):
         placed = place(mesh, operands, specs)
-        compiled = jax.jit(lambda *args: function(*args), **options).lower(*placed).compile()
+        compiled = jax.jit(lambda *args: function(*args), **options).lower(*placed).compile(COMPILER_OPTIONS)
         return compiled(*placed), collectives(compiled)
+
+
+def run_alone(function, *operands):
+    """The results of one device, compiled with the same options."""
+    return jax.jit(lambda *args: function(*args)).lower(*operands).compile(COMPILER_OPTIONS)(*operands)
 
 
 def collectives(compiled):
