@@ -7,10 +7,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jax_fp8gemm.autodiff_rules import Options, gated_product, product
 from jax_fp8gemm.gemm import as_int32_vector
+from jax_fp8gemm.mesh.explicit import requested_spec, spec_of
 from jax_fp8gemm.operation import IMPLEMENTATIONS, match_varying
 from jax_fp8gemm.prepared import PreparedWeight, check_float, prepare
 from jax_fp8gemm.quantize import INPUT_DTYPES
@@ -21,6 +23,7 @@ def dot(
     w: Float[Array, "K N"] | PreparedWeight,
     *,
     preferred_element_type: jax.typing.DTypeLike | None = None,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
     """x @ w through FP8, differentiable: a drop-in for `jnp.dot` of activations and a weight.
@@ -33,6 +36,8 @@ def dot(
       w: [K, N], the same dtypes, not necessarily x's: a float32 master weight is quantised as it is. Or a
         PreparedWeight.
       preferred_element_type: of the result, one of these dtypes; x's by default.
+      out_sharding: of the result, on Explicit mesh axes; needed where x and w leave it open, as where K is
+        sharded. Gradients lie as x and w do.
       implementation: None takes kernels on Hopper GPUs and plain jnp elsewhere; "hopper" insists on kernels;
         "reference" takes jnp everywhere.
 
@@ -51,11 +56,10 @@ def dot(
     """
     check_float("dot: x", x, "[*, K]", lambda rank: rank >= 1)
     weight = _as_prepared("dot: w", w, "K N", x.shape[-1], implementation)
-    options = _options("dot", x, [weight], preferred_element_type, implementation)
     with jax.named_scope("fp8_dot"):
-        rows = jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-        out = product(options, *_matched(rows, weight))
-        return out.reshape(*x.shape[:-1], weight.shape[-1])
+        rows, out_spec = _as_rows(x), _out_spec("dot", out_sharding, x, weight)
+        options = _options("dot", rows, [weight], preferred_element_type, implementation, out_spec)
+        return _from_rows(product(options, *_matched(rows, weight)), x, out_spec)
 
 
 def ragged_dot(
@@ -65,7 +69,7 @@ def ragged_dot(
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     group_offset: None = None,
-    out_sharding: None = None,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
@@ -81,7 +85,7 @@ def ragged_dot(
       precision: without meaning here; products of FP8 numbers are exact, and sums are float32.
       preferred_element_type: of the result, one of these dtypes; lhs's by default.
       group_offset: only None, as in `jax.lax.ragged_dot` itself.
-      out_sharding: only None; use `jax.shard_map`.
+      out_sharding: as for `dot`. M cannot be sharded: see `fp8_gemm_ragged_m`.
       implementation: as for `dot`.
 
     Returns:
@@ -89,21 +93,21 @@ def ragged_dot(
 
     Raises:
       ValueError: an argument that does not fit: its name, what was expected, what came.
-      NotImplementedError: as for `fp8_gemm_ragged_m`; group_offset or out_sharding is not None.
+      NotImplementedError: as for `fp8_gemm_ragged_m`; group_offset is not None.
 
     Example:
       >>> lhs, rhs = jnp.ones((5, 128), jnp.bfloat16), jnp.ones((2, 128, 64), jnp.bfloat16)
       >>> ragged_dot(lhs, rhs * jnp.array([1, 2])[:, None, None], jnp.array([3, 1]))[:, 0]
       Array([128, 128, 128, 256, 0], dtype=bfloat16)
     """
-    for name, value in ("group_offset", group_offset), ("out_sharding", out_sharding):
-        if value is not None:
-            raise NotImplementedError(f"ragged_dot: {name}: expected None, got {value!r}; cut group_sizes "
-                                      "and rhs to the groups that are wanted, with a mesh in jax.shard_map")
+    if group_offset is not None:
+        raise NotImplementedError(f"ragged_dot: group_offset: expected None, got {group_offset!r}; cut "
+                                  "group_sizes and rhs to the groups that are wanted")
     check_float("ragged_dot: lhs", lhs, "[M, K]", lambda rank: rank == 2)
     weight = _as_prepared("ragged_dot: rhs", rhs, "G K N", lhs.shape[-1], implementation)
     group_sizes = as_int32_vector("ragged_dot: group_sizes", group_sizes, weight.shape[0])
-    options = _options("ragged_dot", lhs, [weight], preferred_element_type, implementation)
+    out_spec = _out_spec("ragged_dot", out_sharding, lhs, weight)
+    options = _options("ragged_dot", lhs, [weight], preferred_element_type, implementation, out_spec)
     with jax.named_scope("fp8_ragged_dot"):
         return product(options, *_matched(lhs, weight, group_sizes=group_sizes))
 
@@ -113,6 +117,7 @@ def feed_forward(
     gate_up: Float[Array, "K 2F"] | PreparedWeight,
     down: Float[Array, "F N"] | PreparedWeight,
     *,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
     """(silu(x @ gate) * (x @ up)) @ down through FP8: a gated feed-forward layer in one piece.
@@ -125,7 +130,7 @@ def feed_forward(
       x: [*, K] bfloat16, float16 or float32.
       gate_up: [K, 2F], the gate's columns and then up's. Or a PreparedWeight.
       down: [F, N]. Or a PreparedWeight.
-      implementation: as for `dot`.
+      out_sharding, implementation: as for `dot`.
 
     Returns:
       [*, N] of x's dtype. Gradients have the dtypes of what they are gradients of.
@@ -140,11 +145,10 @@ def feed_forward(
     """
     check_float("feed_forward: x", x, "[*, K]", lambda rank: rank >= 1)
     weights = _as_gated("feed_forward", x, gate_up, down, ("K 2F", "F N"), implementation)
-    options = _options("feed_forward", x, weights, None, implementation)
     with jax.named_scope("fp8_feed_forward"):
-        rows = jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-        out = gated_product(options, *_matched(rows, *weights))
-        return out.reshape(*x.shape[:-1], weights[1].shape[-1])
+        rows, out_spec = _as_rows(x), _out_spec("feed_forward", out_sharding, x, weights[1])
+        options = _options("feed_forward", rows, weights, None, implementation, out_spec)
+        return _from_rows(gated_product(options, *_matched(rows, *weights)), x, out_spec)
 
 
 def ragged_feed_forward(
@@ -153,6 +157,7 @@ def ragged_feed_forward(
     down: Float[Array, "G F N"] | PreparedWeight,
     group_sizes: Int32[Array, " G"],
     *,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """`feed_forward` with the weights of each row's group: the experts of a Mixture-of-Experts layer.
@@ -164,7 +169,7 @@ def ragged_feed_forward(
       gate_up: [G, K, 2F]. Or a PreparedWeight.
       down: [G, F, N]. Or a PreparedWeight.
       group_sizes: [G] integers.
-      implementation: as for `dot`.
+      out_sharding, implementation: as for `ragged_dot`.
 
     Returns:
       [M, N] of x's dtype.
@@ -181,7 +186,8 @@ def ragged_feed_forward(
     check_float(f"{function}: x", x, "[M, K]", lambda rank: rank == 2)
     weights = _as_gated(function, x, gate_up, down, ("G K 2F", "G F N"), implementation)
     group_sizes = as_int32_vector(f"{function}: group_sizes", group_sizes, weights[0].shape[0])
-    options = _options(function, x, weights, None, implementation)
+    out_spec = _out_spec(function, out_sharding, x, weights[1])
+    options = _options(function, x, weights, None, implementation, out_spec)
     with jax.named_scope("fp8_ragged_feed_forward"):
         return gated_product(options, *_matched(x, *weights, group_sizes=group_sizes))
 
@@ -213,8 +219,35 @@ def _as_gated(function, x, gate_up, down, axes, implementation):
     return gate_up, down
 
 
-def _options(function, x, weights, preferred_element_type, implementation):
-    out_dtype = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+def _as_rows(x):
+    """[*, K] -> [T, K]. On Explicit axes the tokens lie as the first leading axis does."""
+    spec = spec_of(x)
+    shape = math.prod(x.shape[:-1]), x.shape[-1]
+    return jnp.reshape(x, shape, out_sharding=None if spec is None else _spec_of_rows(spec))
+
+
+def _from_rows(out, x, out_spec):
+    """[T, N] -> [*, N]. On Explicit axes it lies as asked, or with its tokens in the first leading axis."""
+    spec = spec_of(out)
+    if spec is not None and out_spec is None:
+        out_spec = PartitionSpec(*[spec[0], *[None] * (x.ndim - 2)][:x.ndim - 1], spec[-1])
+    return jnp.reshape(out, (*x.shape[:-1], out.shape[-1]), out_sharding=out_spec)
+
+
+def _out_spec(function, out_sharding, x, weight):
+    """What the caller asks of the result [*, N], with an entry for each axis."""
+    if out_sharding is None:
+        return None
+    shape = *x.shape[:-1], weight.shape[-1]
+    return requested_spec(function, out_sharding, shape, jax.typeof(x).sharding.mesh)
+
+
+def _spec_of_rows(spec):
+    return PartitionSpec(spec[0] if len(spec) > 1 else None, spec[-1])
+
+
+def _options(function, rows, weights, preferred_element_type, implementation, out_spec):
+    out_dtype = jnp.dtype(rows.dtype if preferred_element_type is None else preferred_element_type)
     if out_dtype not in INPUT_DTYPES:
         raise ValueError(f"{function}: preferred_element_type: expected bfloat16, float16 or float32, got "
                          f"{out_dtype}")
@@ -222,7 +255,10 @@ def _options(function, x, weights, preferred_element_type, implementation):
         raise ValueError(
             f"{function}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     weight_dtypes = tuple(jnp.dtype(weight.dtype) for weight in weights)
-    return Options(jnp.dtype(x.dtype), weight_dtypes, out_dtype, implementation)
+    weight_specs = tuple(spec_of(weight.master) for weight in weights)
+    out_spec = None if out_spec is None else _spec_of_rows(out_spec)
+    return Options(jnp.dtype(rows.dtype), weight_dtypes, out_dtype, implementation, spec_of(rows),
+                   weight_specs, out_spec)
 
 
 def _matched(x, *weights, group_sizes=None):

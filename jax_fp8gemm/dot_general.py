@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jax_fp8gemm.autodiff import dot
-from jax_fp8gemm.operation import is_explicitly_sharded
+from jax_fp8gemm.mesh.explicit import is_sharded
 from jax_fp8gemm.quantize import INPUT_DTYPES
 
 
@@ -87,7 +87,7 @@ def _reason_to_fall_back(lhs, rhs, out, contracted, batch, out_sharding):
         return "a contraction is no product with a matrix: it has no contracted axes, or rhs no others"
     if any(x.dtype not in INPUT_DTYPES for x in (lhs, rhs, out)):
         return "a contraction has operands or a result other than bfloat16, float16 and float32"
-    if out_sharding is not None or any(is_explicitly_sharded(jax.typeof(x)) for x in (lhs, rhs)):
+    if out_sharding is not None or any(is_sharded(jax.typeof(x)) for x in (lhs, rhs)):
         return "a contraction is sharded over an Explicit mesh axis, and would be in FP8 inside jax.shard_map"
     return None
 

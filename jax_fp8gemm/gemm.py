@@ -7,8 +7,10 @@ import numbers
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_fp8gemm.mesh.explicit import requested_spec
 from jax_fp8gemm.operation import IMPLEMENTATIONS, match_varying
 from jax_fp8gemm.primitives import gemm_masked_p, gemm_p, gemm_ragged_k_p, gemm_ragged_m_p
 from jax_fp8gemm.scaling import GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
@@ -24,6 +26,7 @@ def fp8_gemm(
     accumulator: Float32[Array, "*batch M N"] | None = None,
     batch_invariant: bool = False,
     implementation: str | None = None,
+    out_sharding: jax.sharding.PartitionSpec | jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "*batch M N"]:
     """lhs @ rhs.T of two scaled FP8 arrays, on Hopper's tensor cores; any M, N, K >= 0.
 
@@ -33,7 +36,8 @@ def fp8_gemm(
     fixed order.
 
     K that is no multiple of 16 costs a padded copy of both values; nothing else is padded. Under `vmap`, over
-    one operand or both and nested, the call stays one kernel launch.
+    one operand or both and nested, the call stays one kernel launch. On a mesh each device multiplies its
+    shards; a sharded K is summed up in one reduce, in float32.
 
     Args:
       lhs: [M, K] or [B, M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -41,18 +45,21 @@ def fp8_gemm(
       out_dtype: bfloat16 or float32.
       accumulator: [M, N] or [B, M, N] float32, added to the product; needs out_dtype=float32. The result
         takes its place in memory where it is donated to `jit`, or is not used afterwards inside of it.
-      batch_invariant: never split K, so that a row's bits do not depend on M, at some cost for small M.
+      batch_invariant: never split K, so that a row's bits do not depend on M, at some cost for small M; a
+        sharded K is gathered.
       implementation: None takes the kernel on Hopper GPUs and plain jnp elsewhere; "hopper" insists on the
         kernel; "reference" takes jnp (`reference.gemm`) everywhere.
+      out_sharding: of the result, on a mesh with Explicit axes; needed where the operands leave it open, as
+        where K is sharded.
 
     Returns:
       [M, N] or [B, M, N] of out_dtype.
 
     Raises:
       ValueError: an argument that does not fit: its name, what was expected, what came.
-      NotImplementedError: implementation="hopper" is lowered for something else, an operand is sharded over
-        an Explicit mesh axis (call it inside `jax.shard_map`), or the kernel would have to be compiled for a
-        size that is symbolic (`jax.export`) or does not fit into 31 bits.
+      NotImplementedError: implementation="hopper" is lowered for something else, or the kernel would have to
+        be compiled for a size that is symbolic (`jax.export`) or does not fit into 31 bits. On Auto mesh axes
+        XLA reports it, as a JaxRuntimeError, when it compiles.
 
     Example:
       >>> w = quantize(jnp.ones((2112, 7168), jnp.bfloat16), granularity=(128, 128))
@@ -72,8 +79,8 @@ def fp8_gemm(
     options = _check_options("fp8_gemm", out_dtype, implementation)
     out_shape = *lhs.shape[:-1], rhs.shape[-2]
     extra = [] if accumulator is None else [_check_accumulator("fp8_gemm", accumulator, out_shape, options)]
-    return _bind(gemm_p, lhs, rhs, *extra, is_batched=lhs.ndim == 3, batch_invariant=bool(batch_invariant),
-                 **options)
+    return _bind(gemm_p, lhs, rhs, *extra, out_sharding=out_sharding, is_batched=lhs.ndim == 3,
+                 batch_invariant=bool(batch_invariant), **options)
 
 
 def fp8_gemm_ragged_m(
@@ -83,6 +90,7 @@ def fp8_gemm_ragged_m(
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
+    out_sharding: jax.sharding.PartitionSpec | jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "M N"]:
     """The rows of each group times the rhs of that group: rows sorted by expert, times the experts' weights.
 
@@ -94,12 +102,15 @@ def fp8_gemm_ragged_m(
     On Hopper, a row's bits are those of `fp8_gemm(..., batch_invariant=True)` with the rhs of its group.
     Under `vmap`, over any operands and nested, the call stays one kernel launch.
 
+    On a mesh N and K may be sharded, and G: then each device multiplies the rows of its groups, and one
+    reduce puts these together. M cannot, outside of `jax.shard_map`: the rows are sorted over all devices.
+
     Args:
       lhs: [M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
       rhs: [G, N, K], the same dtypes, granularity (128, 128) or (1, 128).
       group_sizes: [G] integers. A negative one counts as zero; rows that do not exist are left out.
       out_dtype: bfloat16 or float32.
-      implementation: as for `fp8_gemm`.
+      implementation, out_sharding: as for `fp8_gemm`.
 
     Returns:
       [M, N] of out_dtype.
@@ -118,7 +129,7 @@ def fp8_gemm_ragged_m(
     _check_operands(function, lhs, rhs, lhs_axes=("M K",), rhs_axes=("G N K",))
     group_sizes = as_int32_vector(f"{function}: group_sizes", group_sizes, rhs.shape[0])
     options = _check_options(function, out_dtype, implementation)
-    return _bind(gemm_ragged_m_p, lhs, rhs, group_sizes, **options)
+    return _bind(gemm_ragged_m_p, lhs, rhs, group_sizes, out_sharding=out_sharding, **options)
 
 
 def fp8_gemm_masked(
@@ -129,6 +140,7 @@ def fp8_gemm_masked(
     expected_group_size: int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
+    out_sharding: jax.sharding.PartitionSpec | jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "G M N"]:
     """lhs[g] @ rhs[g].T for the first group_sizes[g] rows of every group: for decoding in CUDA graphs.
 
@@ -138,7 +150,7 @@ def fp8_gemm_masked(
     spread it, or read valid rows only.
 
     On Hopper, a row's bits are those of `fp8_gemm(..., batch_invariant=True)`. Under `vmap`, over any
-    operands and nested, the call stays one kernel launch.
+    operands and nested, the call stays one kernel launch. On a mesh G, M, N and K may be sharded.
 
     Args:
       lhs: [G, M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -147,7 +159,7 @@ def fp8_gemm_masked(
       expected_group_size: rows that a group is expected to have, at least 1, M by default. It guides the
         choice of the kernel's configuration; results do not depend on it.
       out_dtype: bfloat16 or float32.
-      implementation: as for `fp8_gemm`.
+      implementation, out_sharding: as for `fp8_gemm`.
 
     Returns:
       [G, M, N] of out_dtype.
@@ -171,7 +183,8 @@ def fp8_gemm_masked(
     if expected_group_size is not None:
         expected_group_size = _as_whole(f"{function}: expected_group_size", expected_group_size, 1)
     options = _check_options(function, out_dtype, implementation)
-    return _bind(gemm_masked_p, lhs, rhs, group_sizes, expected_m=expected_group_size, **options)
+    return _bind(gemm_masked_p, lhs, rhs, group_sizes, out_sharding=out_sharding,
+                 expected_m=expected_group_size, **options)
 
 
 def fp8_gemm_ragged_k(
@@ -182,6 +195,7 @@ def fp8_gemm_ragged_k(
     accumulator: Float32[Array, "G M N"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
+    out_sharding: jax.sharding.PartitionSpec | jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "G M N"]:
     """lhs @ rhs.T over the tokens of each group: the weight gradients of `fp8_gemm_ragged_m`.
 
@@ -191,7 +205,8 @@ def fp8_gemm_ragged_k(
     Columns past the last group are not read; a group without tokens is zero, or its accumulator.
 
     On Hopper, a group's bits are those of `fp8_gemm(..., batch_invariant=True)` over its columns. Under
-    `vmap`, over any operands and nested, the call stays one kernel launch.
+    `vmap`, over any operands and nested, the call stays one kernel launch. On a mesh M and N may be sharded,
+    and G, in the accumulator or by `out_sharding`; K cannot, outside of `jax.shard_map`.
 
     Args:
       lhs: [M, K], float8_e4m3fn or float8_e5m2, granularity (1, 128).
@@ -201,7 +216,7 @@ def fp8_gemm_ragged_k(
       accumulator: [G, M, N] float32, added to the product; needs out_dtype=float32. The result takes its
         place in memory where it is donated to `jit`, or is not used afterwards inside of it.
       out_dtype: float32 or bfloat16.
-      implementation: as for `fp8_gemm`.
+      implementation, out_sharding: as for `fp8_gemm`.
 
     Returns:
       [G, M, N] of out_dtype.
@@ -224,7 +239,7 @@ def fp8_gemm_ragged_k(
     if accumulator is not None:
         out_shape = *extra[0].shape, lhs.shape[0], rhs.shape[0]
         extra.append(_check_accumulator(function, accumulator, out_shape, options))
-    return _bind(gemm_ragged_k_p, lhs, rhs, *extra, **options)
+    return _bind(gemm_ragged_k_p, lhs, rhs, *extra, out_sharding=out_sharding, **options)
 
 
 def group_sizes_from_ids(ids: Int32[Array, " M"], num_groups: int) -> Int32[Array, " G"]:
@@ -255,13 +270,19 @@ def group_sizes_from_ids(ids: Int32[Array, " M"], num_groups: int) -> Int32[Arra
     return jnp.diff(jnp.searchsorted(groups, jnp.arange(num_groups + 1))).astype(jnp.int32)
 
 
-def _bind(primitive, lhs, rhs, *extra, is_batched=False, **params):
+def _bind(primitive, lhs, rhs, *extra, out_sharding, is_batched=False, **params):
     """The call of a primitive on operands without a batch axis, or with one in front of all."""
     with jax.named_scope(primitive.name):
         arrays = [lhs.values, lhs.scales, rhs.values, rhs.scales, *extra]
-        operands = [jnp.reshape(x, x.shape if is_batched else (1, *x.shape)) for x in arrays]
-        (out,) = primitive.bind(*match_varying(*operands), **params)
-        return out if is_batched else out.reshape(out.shape[1:])
+        operands = match_varying(*(jnp.reshape(x, x.shape if is_batched else (1, *x.shape)) for x in arrays))
+        without_batch = (lambda x: x) if is_batched else (lambda x: x.reshape(x.shape[1:]))
+        if out_sharding is None:
+            return without_batch(*primitive.bind(*operands, **params))
+        (shape, _), = primitive.results(operands, **params)
+        spec = requested_spec(primitive.name, out_sharding, shape if is_batched else shape[1:],
+                              jax.typeof(operands[0]).sharding.mesh)
+        out_spec = spec if is_batched else PartitionSpec(None, *spec)
+        return reshard(without_batch(*primitive.bind(*operands, out_spec=out_spec, **params)), spec)
 
 
 def _check_operands(function, lhs, rhs, *, lhs_axes, rhs_axes, rhs_granularities=GRANULARITIES):

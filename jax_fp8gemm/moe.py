@@ -36,16 +36,17 @@ def permute(
 
     On Hopper these are two kernels, also under `vmap`: one sorts, the other reads each token once, quantises
     it once, and writes its rows. XLA then turns the scales to the layout that a GEMM wants, in a small copy.
-    Nothing is copied to the host.
+    Nothing is copied to the host. On a mesh K may be sharded; T cannot, outside of `jax.shard_map`, in which
+    each device sorts its own tokens.
 
     Args:
       x: [T, K] bfloat16, float16 or float32; a K that is a multiple of 8 is fastest.
       expert_ids: [T, top_k] int32, the experts of each token.
       num_experts: E, at least 0.
       dtype: float8_e4m3fn or float8_e5m2.
-      implementation: None takes the kernels on Hopper GPUs, unless a size is symbolic (`jax.export`) or an
-        operand sharded over an Explicit mesh axis, and plain jnp elsewhere, with the same bits; "hopper"
-        insists on the kernels; "reference" takes jnp (`reference_moe`) everywhere.
+      implementation: None takes the kernels on Hopper GPUs, unless a size is symbolic (`jax.export`), and
+        plain jnp elsewhere, with the same bits; "hopper" insists on the kernels; "reference" takes jnp
+        (`reference_moe`) everywhere.
 
     Returns:
       The rows, a ScaledArray [T * top_k, K] of granularity (1, 128); group_sizes [E] int32, how many of them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm import reference_moe
+from jax_fp8gemm import reference_moe, sharding
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, plan_permute, plan_sort
 from jax_fp8gemm.operation import Operation, fold_into_batch, register
@@ -34,7 +34,7 @@ def _sort_hopper(expert_ids, *, num_experts):
 
 
 sort_by_expert_p = register(Operation("fp8_sort_by_expert", _sort_results, fold_into_batch,
-                                      reference_moe.sort_by_expert, _sort_hopper))
+                                      reference_moe.sort_by_expert, _sort_hopper, sharding.sort_by_expert))
 
 
 # ---- fp8_permute: x [B, T, K], positions [B, T, top_k], num_rows [B]
@@ -55,4 +55,4 @@ def _permute_hopper(x, positions, num_rows, *, dtype):
 
 
 permute_p = register(Operation("fp8_permute", _permute_results, fold_into_batch, reference_moe.permute,
-                               _permute_hopper))
+                               _permute_hopper, sharding.permute))

@@ -1,4 +1,4 @@
-"""What an operation of this library is to JAX: a primitive with its type, batching and lowering rules."""
+"""What an operation of this library is to JAX: a primitive with its type, batching, lowering and sharding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from jax_fp8gemm.mesh import explicit
+from jax_fp8gemm.mesh.primitive import MeshPrimitive
+from jax_fp8gemm.mesh.rule import Rule
+from jax_fp8gemm.mesh.shard import match_varying, over_mapped
 
 HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = (None, "hopper", "reference")
@@ -27,6 +31,7 @@ class Operation:
         lists; dims are as for `jax.vmap`.
       reference: (*operands, **params) -> a list of the results, in plain jnp.
       hopper: the same through the custom call; never sees an empty operand or result.
+      sharding: (*operands, **params) -> how they may lie on a mesh: a row of `sharding.py`.
     """
 
     name: str
@@ -34,45 +39,43 @@ class Operation:
     batch: Callable
     reference: Callable
     hopper: Callable
+    sharding: Callable[..., Rule]
 
 
 def register(operation: Operation) -> Primitive:
     """A primitive with the rules of `operation`; its parameter `implementation` picks the lowering."""
-    primitive = Primitive(operation.name)
+    return MeshPrimitive(operation, _kernel_primitive(operation))
+
+
+def _kernel_primitive(operation: Operation) -> Primitive:
+    """The operation on local arrays: one launch, whatever is mapped over."""
+    primitive = Primitive(f"{operation.name}_kernel")
     primitive.multiple_results = True
 
     @primitive.def_abstract_eval
-    def types_of_results(*operands, implementation, **params):
-        if any(map(is_explicitly_sharded, operands)):
-            raise NotImplementedError(f"{operation.name}: an operand is sharded over an Explicit mesh axis; "
-                                      "call it inside jax.shard_map")
-        # NOTES: a mesh with Explicit axes wants as many entries of the spec as there are axes.
+    def types_of_results(*operands, implementation, surroundings=None, **params):
         of_rank = lambda rank: operands[0].sharding.update(spec=PartitionSpec(*[None] * rank))
         return [operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=of_rank(len(shape)))
                 for shape, dtype in operation.results(*operands, **params)]
 
-    primitive.def_impl(lambda *operands, **params: _run_eagerly(primitive, tuple(params.items()), *operands))
     batching.fancy_primitive_batchers[primitive] = partial(operation.batch, primitive)
     mlir.register_lowering(primitive, partial(_lower_elsewhere, operation))
     mlir.register_lowering(primitive, partial(_lower_for_cuda, operation), platform="cuda")
     return primitive
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run_eagerly(primitive, params, *operands):
-    return primitive.bind(*operands, **dict(params))
-
-
-def _lower_for_cuda(operation, ctx, *operands, implementation, **params):
+def _lower_for_cuda(operation, ctx, *operands, implementation, surroundings=None, **params):
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     if implementation == "reference" or empty:
         return _lower(operation.reference, ctx, operands, params)
     if targets_hopper():
+        if surroundings is not None:
+            return surroundings.run(_lower, operation.hopper, ctx, operands, params)
         return _lower(operation.hopper, ctx, operands, params)
     return _lower_elsewhere(operation, ctx, *operands, implementation=implementation, **params)
 
 
-def _lower_elsewhere(operation, ctx, *operands, implementation, **params):
+def _lower_elsewhere(operation, ctx, *operands, implementation, surroundings=None, **params):
     if implementation == "hopper":
         platform = " or ".join(ctx.module_context.platforms)
         raise NotImplementedError(
@@ -94,22 +97,22 @@ def targets_hopper() -> bool:
     return all(device.compute_capability == HOPPER for device in devices)
 
 
-def is_explicitly_sharded(aval) -> bool:
-    """Whether an array of this type (`jax.typeof`) is sharded over an Explicit mesh axis."""
-    return AxisType.Explicit in aval.sharding.mesh.axis_types and any(aval.sharding.spec)
+def is_plain_jnp(*operands, implementation) -> bool:
+    """Whether to call the reference in place of a primitive: it is asked for, or no kernel can be compiled.
+
+    On Explicit mesh axes it is the primitive that takes care of the shardings.
+    """
+    if any(explicit.is_sharded(jax.typeof(x)) for x in operands):
+        return False
+    is_symbolic = any(jax.export.is_symbolic_dim(size) for x in operands for size in x.shape)
+    return implementation == "reference" or (implementation is None and is_symbolic)
 
 
-def suits_kernel(*operands) -> bool:
-    """Whether a kernel can be compiled for these, and run where they are."""
-    return not any(is_explicitly_sharded(jax.typeof(x)) or any(map(jax.export.is_symbolic_dim, x.shape))
-                   for x in operands)
-
-
-def bind_or_reference(primitive, reference, *operands, implementation, **params):
-    """The results of `primitive`, or of its reference where that is asked for or no kernel can be."""
-    if implementation == "reference" or (implementation is None and not suits_kernel(*operands)):
-        return reference(*operands, **params)
-    return primitive.bind(*operands, implementation=implementation, **params)
+def bind_or_reference(primitive, reference, *operands, implementation, mapped=(), **params):
+    """The results of `primitive`, or of its reference (`is_plain_jnp`); `mapped` as in `MeshPrimitive`."""
+    if is_plain_jnp(*operands, implementation=implementation):
+        return over_mapped(partial(reference, **params), mapped)(*operands)
+    return primitive.bind(*operands, mapped=mapped, implementation=implementation, **params)
 
 
 def fold_into_batch(primitive, axis, operands, dims, **params):
@@ -126,10 +129,3 @@ def fold_into_batch(primitive, axis, operands, dims, **params):
     folded = [x.reshape(axis.size * batch, *x.shape[2:]) for x in fronts]
     results = primitive.bind(*match_varying(*folded), **params)
     return [x.reshape(axis.size, batch, *x.shape[1:]) for x in results], [0] * len(results)
-
-
-def match_varying(*arrays):
-    """The arrays, cast to vary over the same manual mesh axes, as operands must inside shard_map."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(sorted(frozenset.union(*varying) - axes)) for axes in varying]
-    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import batching
 
-from jax_fp8gemm import ffi, reference
+from jax_fp8gemm import ffi, reference, sharding
 from jax_fp8gemm.jit.custom_call import DTYPES, gemm_call
 from jax_fp8gemm.jit.problem import (
     DENSE,
@@ -151,10 +151,12 @@ _NAMES = {DENSE: "fp8_gemm", RAGGED_M: "fp8_gemm_ragged_m", MASKED: "fp8_gemm_ma
           RAGGED_K: "fp8_gemm_ragged_k"}
 _REFERENCES = {DENSE: reference.gemm, RAGGED_M: reference.gemm_ragged_m, MASKED: reference.gemm_masked,
                RAGGED_K: reference.gemm_ragged_k}
+_RULES = {DENSE: sharding.gemm, RAGGED_M: sharding.gemm_ragged_m, MASKED: sharding.gemm_masked,
+          RAGGED_K: sharding.gemm_ragged_k}
 
 PRIMITIVES = {
     kind: register(Operation(name, partial(_results, kind), partial(_batch, kind),
-                             partial(_reference, _REFERENCES[kind]), partial(_hopper, kind)))
+                             partial(_reference, _REFERENCES[kind]), partial(_hopper, kind), _RULES[kind]))
     for kind, name in _NAMES.items()
 }
 gemm_p, gemm_ragged_m_p, gemm_masked_p, gemm_ragged_k_p = PRIMITIVES.values()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jax_fp8gemm import reference, reference_moe
 from jax_fp8gemm.jit.problem import MASKED, RAGGED_M
-from jax_fp8gemm.operation import IMPLEMENTATIONS, bind_or_reference, match_varying, suits_kernel
+from jax_fp8gemm.operation import IMPLEMENTATIONS, bind_or_reference, is_plain_jnp, match_varying
 from jax_fp8gemm.quantize_primitives import quantize_p, quantize_swiglu_p, quantize_transposed_p
 from jax_fp8gemm.scaling import FLOAT8_DTYPES, GRANULARITIES, ROW_BLOCKS, ScaledArray, is_array
 
@@ -36,15 +34,16 @@ def quantize(
     * The last blocks of R and C may be partial; zero-sized axes are fine. A C that is a multiple of 8 is
       fastest.
 
-    On Hopper this is one kernel, also under `vmap`, and its scales lie in memory as the GEMMs want them.
+    On Hopper this is one kernel, also under `vmap`, and its scales lie in memory as the GEMMs want them. On a
+    mesh every device quantises its shard, if that is whole blocks; else the axis is gathered.
 
     Args:
       x: [*, R, C] bfloat16, float16 or float32; C is the axis that a GEMM will contract.
       granularity: (1, 128) for activations, (128, 128) for weights.
       dtype: float8_e4m3fn or float8_e5m2.
-      implementation: None takes the kernel on Hopper GPUs, unless a size is symbolic (`jax.export`) or x
-        sharded over an Explicit mesh axis, and plain jnp elsewhere, with the same bits; "hopper" insists on
-        the kernel; "reference" takes jnp (`reference.quantize`) everywhere.
+      implementation: None takes the kernel on Hopper GPUs, unless a size is symbolic (`jax.export`), and
+        plain jnp elsewhere, with the same bits; "hopper" insists on the kernel; "reference" takes jnp
+        (`reference.quantize`) everywhere.
 
     Returns:
       A ScaledArray of the shape of x.
@@ -64,11 +63,11 @@ def quantize(
     if granularity not in GRANULARITIES:
         raise ValueError(f"quantize: expected a granularity of {GRANULARITIES}, got {granularity!r}")
     with jax.named_scope("fp8_quantize"):
-        if implementation == "reference" or (implementation is None and not suits_kernel(x)):
+        if is_plain_jnp(x, implementation=implementation):
             return ScaledArray(*reference.quantize(x, granularity=granularity, dtype=dtype), granularity)
-        values, scales = quantize_p.bind(with_one_batch_axis(x), granularity=granularity, dtype=dtype,
-                                         implementation=implementation)
-        return with_leading_axes(x, values, scales, granularity)
+        values, scales = quantize_p.bind(with_batch_axis(x), granularity=granularity, dtype=dtype,
+                                         implementation=implementation, mapped=mapped_axes(x))
+        return scaled_array(x, values, scales, granularity)
 
 
 def quantize_swiglu(
@@ -92,6 +91,9 @@ def quantize_swiglu(
       scale;
     * x [G, M, 2F], masked: rows of x[g] from group_sizes[g] on are neither read nor written, and time follows
       the others. On Hopper they hold whatever memory held; elsewhere they are NaN.
+
+    On a mesh, sharded columns of x are exchanged, once, for the same part of gate and of up on each device;
+    rows that are sorted by group cannot be sharded.
 
     Args:
       x: [*, M, 2F] bfloat16, float16 or float32; an F that is a multiple of 8 is fastest.
@@ -121,10 +123,10 @@ def quantize_swiglu(
         kind = _kind_of_groups(x, group_sizes)
         sizes = [group_sizes[None] if kind == RAGGED_M else group_sizes]
     with jax.named_scope("fp8_quantize_swiglu"):
-        operands = match_varying(with_one_batch_axis(x), *sizes)
+        operands = match_varying(with_batch_axis(x), *sizes)
         values, scales = bind_or_reference(quantize_swiglu_p, reference.quantize_swiglu, *operands, kind=kind,
-                                           dtype=dtype, implementation=implementation)
-        return with_leading_axes(x, values, scales, ROW_BLOCKS)
+                                           dtype=dtype, implementation=implementation, mapped=mapped_axes(x))
+        return scaled_array(x, values, scales, ROW_BLOCKS)
 
 
 def quantize_transposed(
@@ -141,7 +143,8 @@ def quantize_transposed(
     of group g - 1, and a block's scale is that of its tokens. All other columns are zeros, and blocks of them
     have the smallest scale. K is `ragged_k_size(T, G)`, enough for any sizes: these stay on the device.
 
-    On Hopper this is one kernel, also under `vmap`.
+    On Hopper this is one kernel, also under `vmap`. On a mesh N may be sharded; T cannot, outside of
+    `jax.shard_map`, as tokens are sorted over all devices.
 
     Args:
       x: [T, N] bfloat16, float16 or float32; an N that is a multiple of 8 is fastest.
@@ -172,10 +175,10 @@ def quantize_transposed(
         raise ValueError(
             f"quantize_transposed: group_sizes: expected one axis, got shape {group_sizes.shape}")
     with jax.named_scope("fp8_quantize_transposed"):
-        operands = match_varying(with_one_batch_axis(x), jnp.asarray(group_sizes).reshape(1, -1))
+        operands = match_varying(with_batch_axis(x), jnp.asarray(group_sizes).reshape(1, -1))
         values, scales = bind_or_reference(quantize_transposed_p, reference_moe.quantize_transposed,
                                            *operands, dtype=dtype, implementation=implementation)
-        return with_leading_axes(x, values, scales, ROW_BLOCKS)
+        return scaled_array(x, values, scales, ROW_BLOCKS)
 
 
 def check_quantizable(function, x, dtype, implementation, name="x"):
@@ -207,13 +210,19 @@ def _kind_of_groups(x, group_sizes):
     return RAGGED_M if x.ndim == 2 else MASKED
 
 
-def with_one_batch_axis(x):
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+def with_batch_axis(x):
+    return x if x.ndim > 2 else x.reshape(1, *x.shape)
 
 
-def with_leading_axes(x, values, scales, granularity):
-    """The inverse, for the results."""
-    values, scales = (y.reshape(*x.shape[:-2], *y.shape[1:]) for y in (values, scales))
+def mapped_axes(*arrays):
+    """The axes in front of the batch axis, as mapped over: each of them may be sharded by itself."""
+    return ((True,) * len(arrays),) * (arrays[0].ndim - 3)
+
+
+def scaled_array(x, values, scales, granularity):
+    """The results for x, without the batch axis where x has none."""
+    if x.ndim == 2:
+        values, scales = (y.reshape(y.shape[1:]) for y in (values, scales))
     return ScaledArray(values, scales, granularity)
 
 

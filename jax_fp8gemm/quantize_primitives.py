@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm import reference, reference_moe
+from jax_fp8gemm import reference, reference_moe, sharding
 from jax_fp8gemm.jit.custom_call import DTYPES
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.problem import RAGGED_M
@@ -48,7 +48,7 @@ def _quantize_hopper(x, *, granularity, dtype):
 
 
 quantize_p = register(Operation("fp8_quantize", _quantize_results, fold_into_batch, reference.quantize,
-                                _quantize_hopper))
+                                _quantize_hopper, sharding.quantize))
 
 
 # ---- fp8_quantize_swiglu: x [B, M, 2F], [group_sizes] -> values [B, M, F], scales [B, M, ceil(F/128)]
@@ -72,7 +72,7 @@ def _swiglu_hopper(x, *group_sizes, kind, dtype):
 
 
 quantize_swiglu_p = register(Operation("fp8_quantize_swiglu", _swiglu_results, fold_into_batch,
-                                       reference.quantize_swiglu, _swiglu_hopper))
+                                       reference.quantize_swiglu, _swiglu_hopper, sharding.quantize_swiglu))
 
 
 # ---- fp8_quantize_transposed: x [B, T, N], group_sizes [B, G] -> values [B, N, K], scales [B, N, K/128]
@@ -94,4 +94,5 @@ def _transposed_hopper(x, group_sizes, *, dtype):
 
 
 quantize_transposed_p = register(Operation("fp8_quantize_transposed", _transposed_results, fold_into_batch,
-                                           reference_moe.quantize_transposed, _transposed_hopper))
+                                           reference_moe.quantize_transposed, _transposed_hopper,
+                                           sharding.quantize_transposed))

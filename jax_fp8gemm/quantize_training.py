@@ -13,7 +13,13 @@ from jaxtyping import Array, Float, Int32
 
 from jax_fp8gemm import reference_training
 from jax_fp8gemm.operation import bind_or_reference, match_varying
-from jax_fp8gemm.quantize import check_is_int32, check_quantizable, with_leading_axes, with_one_batch_axis
+from jax_fp8gemm.quantize import (
+    check_is_int32,
+    check_quantizable,
+    mapped_axes,
+    scaled_array,
+    with_batch_axis,
+)
 from jax_fp8gemm.quantize_training_primitives import (
     quantize_both_p,
     quantize_swiglu_backward_p,
@@ -62,9 +68,9 @@ def quantize_both(
     check_quantizable("quantize_both", x, dtype, implementation)
     sizes = _checked_sizes("quantize_both", "x", x, "[T, N]", group_sizes)
     with jax.named_scope("fp8_quantize_both"):
-        operands = match_varying(with_one_batch_axis(x), *sizes)
+        operands = match_varying(with_batch_axis(x), *sizes)
         results = bind_or_reference(quantize_both_p, reference_training.quantize_both, *operands, dtype=dtype,
-                                    implementation=implementation)
+                                    implementation=implementation, mapped=mapped_axes(x))
         return _scaled_arrays(x, results, ROW_BLOCKS)
 
 
@@ -103,7 +109,8 @@ def quantize_weights(
     check_quantizable("quantize_weights", w, dtype, implementation, name="w")
     with jax.named_scope("fp8_quantize_weights"):
         results = bind_or_reference(quantize_weights_p, reference_training.quantize_weights,
-                                    with_one_batch_axis(w), dtype=dtype, implementation=implementation)
+                                    with_batch_axis(w), dtype=dtype, implementation=implementation,
+                                    mapped=mapped_axes(w))
         return _scaled_arrays(w, results, SQUARE_BLOCKS)
 
 
@@ -164,10 +171,10 @@ def quantize_swiglu_backward(
                          f"of shape {gate_up.shape}, got {d_hidden.dtype} of shape {d_hidden.shape}")
     sizes = _checked_sizes(function, "gate_up", gate_up, "[T, 2F]", group_sizes)
     with jax.named_scope("fp8_quantize_swiglu_backward"):
-        operands = match_varying(*map(with_one_batch_axis, (gate_up, d_hidden)), *sizes)
+        operands = match_varying(*map(with_batch_axis, (gate_up, d_hidden)), *sizes)
         results = bind_or_reference(
             quantize_swiglu_backward_p, reference_training.quantize_swiglu_backward, *operands, dtype=dtype,
-            implementation=implementation)
+            implementation=implementation, mapped=mapped_axes(gate_up, d_hidden))
         return _scaled_arrays(gate_up, results, ROW_BLOCKS)
 
 
@@ -187,4 +194,4 @@ def _checked_sizes(function, name, x, axes, group_sizes):
 def _scaled_arrays(x, results, granularity):
     """Values and scales in turn, with the leading axes of x, as arrays."""
     pairs = zip(results[::2], results[1::2], strict=True)
-    return tuple(with_leading_axes(x, values, scales, granularity) for values, scales in pairs)
+    return tuple(scaled_array(x, values, scales, granularity) for values, scales in pairs)

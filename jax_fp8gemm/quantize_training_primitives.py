@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm import reference_training
+from jax_fp8gemm import reference_training, sharding
 from jax_fp8gemm.jit.kernel import kernel_call
 from jax_fp8gemm.jit.problem import SCALE_BLOCK, round_up
 from jax_fp8gemm.jit.quantize_training import (
@@ -68,7 +68,8 @@ def _both_hopper(x, *group_sizes, dtype):
 
 
 quantize_both_p = register(Operation("fp8_quantize_both", _both_results, fold_into_batch,
-                                     reference_training.quantize_both, _both_hopper))
+                                     reference_training.quantize_both, _both_hopper,
+                                     sharding.quantize_both))
 
 
 # ---- fp8_quantize_weights: w [B, K, N]
@@ -90,7 +91,8 @@ def _weights_hopper(w, *, dtype):
 
 
 quantize_weights_p = register(Operation("fp8_quantize_weights", _weights_results, fold_into_batch,
-                                        reference_training.quantize_weights, _weights_hopper))
+                                        reference_training.quantize_weights, _weights_hopper,
+                                        sharding.quantize_weights))
 
 
 # ---- fp8_quantize_swiglu_backward: gate_up [B, T, 2F], d_hidden [B, T, F], [group_sizes]
@@ -120,10 +122,10 @@ def _swiglu_backward_by_parts(gate_up, d_hidden, *group_sizes, dtype):
     d_gate_up, hidden = reference_training.swiglu_gradients(gate_up, d_hidden)
     hidden, sizes = match_varying(hidden, *(group_sizes or [jnp.full((batch, 1), tokens, jnp.int32)]))
     options = {"dtype": dtype, "implementation": "hopper"}
-    return [*quantize_both_p.bind(d_gate_up, *group_sizes, **options),
-            *quantize_transposed_p.bind(hidden, sizes, **options)]
+    return [*quantize_both_p.kernel.bind(d_gate_up, *group_sizes, **options),
+            *quantize_transposed_p.kernel.bind(hidden, sizes, **options)]
 
 
 quantize_swiglu_backward_p = register(Operation(
     "fp8_quantize_swiglu_backward", _swiglu_backward_results, fold_into_batch,
-    reference_training.quantize_swiglu_backward, _swiglu_backward_hopper))
+    reference_training.quantize_swiglu_backward, _swiglu_backward_hopper, sharding.quantize_swiglu_backward))

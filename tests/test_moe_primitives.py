@@ -157,14 +157,6 @@ def test_shard_map(planned):
     np.testing.assert_array_equal(out[3:6], local(x[3:6], ids[3:6], WEIGHTS[:3])[0])
 
 
-def test_operands_on_an_explicit_mesh_have_no_kernel(planned):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        ids = jax.device_put(IDS, NamedSharding(mesh, P("data")))
-        with pytest.raises(NotImplementedError, match="fp8_sort_by_expert: an operand is sharded over"):
-            permute(X, ids, 5, implementation="hopper")
-
-
 def test_an_explicit_mesh_on_which_nothing_is_sharded(planned):
     """Results of another rank than the operands have a sharding of their rank."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))

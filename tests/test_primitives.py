@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bounds import assert_within_bound
@@ -203,15 +203,6 @@ def test_shard_map_knows_what_varies(built):
     per_shard = jax.shard_map(gemm, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
     assert lower_for_cuda(per_shard, lhs, rhs).count(CALL) == 1
     assert built == [GemmProblem(8, 512, 512, out_dtype="f32")]
-
-
-def test_explicit_sharding_is_refused_not_guessed():
-    mesh = jax.make_mesh((8,), ("x",), devices=jax.devices("cpu"), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        lhs = jax.device_put(operand(64, 512), NamedSharding(mesh, P("x")))
-        rhs = jax.device_put(weight(512, 512), NamedSharding(mesh, P()))
-        with pytest.raises(NotImplementedError, match=r"Explicit mesh axis; call it inside jax\.shard_map"):
-            jax.jit(gemm)(lhs, rhs)
 
 
 def test_export_for_several_platforms(built):

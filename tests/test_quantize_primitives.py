@@ -178,11 +178,16 @@ def test_shard_map(planned):
     np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(expected).view(np.uint8))
 
 
-def test_explicit_meshes_take_jnp(planned):
+def test_explicit_meshes(planned):
+    """Each device has a kernel for its shard. implementation="reference" has none, and is sharded as well."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(x(8, 512), NamedSharding(mesh, P("data")))
-        assert CALL not in lower_for_cuda(quantize, sharded)
-        np.testing.assert_array_equal(quantize(sharded).scales, quantize(x(8, 512)).scales)
-        with pytest.raises(NotImplementedError, match="fp8_quantize: an operand is sharded over an Explicit"):
+        sharded = jax.device_put(x(8, 512), NamedSharding(mesh, P(None, "data")))
+        assert "(tensor<1x8x128xbf16>) -> " in call_line(lower_for_cuda(quantize, sharded))
+        for implementation in (None, "reference"):
+            got = quantize(sharded, implementation=implementation)
+            assert jax.typeof(got.scales).sharding.spec == P(None, "data")
+            np.testing.assert_array_equal(got.scales, quantize(x(8, 512)).scales)
+        assert CALL not in lower_for_cuda(partial(quantize, implementation="reference"), sharded)
+        with pytest.raises(NotImplementedError, match="fp8_quantize: implementation='hopper' needs"):
             quantize(sharded, implementation="hopper")
