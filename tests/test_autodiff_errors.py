@@ -36,10 +36,9 @@ def test_errors(call, message):
         call()
 
 
-@pytest.mark.parametrize("option", ["group_offset", "out_sharding"])
-def test_options_that_lax_ragged_dot_has_and_this_does_not(option):
-    with pytest.raises(NotImplementedError, match=f"ragged_dot: {option}: expected None, got 1; cut group_s"):
-        ragged_dot(X, WG, SIZES_2, **{option: 1})
+def test_an_option_that_lax_ragged_dot_has_and_this_does_not():
+    with pytest.raises(NotImplementedError, match="ragged_dot: group_offset: expected None, got 1; cut gro"):
+        ragged_dot(X, WG, SIZES_2, group_offset=1)
 
 
 def test_hopper_is_insisted_on_in_vain():
