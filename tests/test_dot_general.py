@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from jax_fp8gemm import dot
 from jax_fp8gemm.dot_general import Fp8FallbackWarning, _warn_once, dot_general
@@ -224,6 +225,14 @@ def test_the_rest_is_left_to_lax_with_one_warning(rng, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(dot_general(lhs, rhs, numbers, "highest", **options), expected)
+
+
+@pytest.mark.parametrize("name", ["batch dimensions", "an outer product", "a vector on the right"])
+def test_gradients_of_the_rest(rng, name):
+    operands, numbers, options, message = FALLBACKS[name]
+    function = partial(dot_general, dimension_numbers=numbers, precision="highest", **options)
+    with pytest.warns(Fp8FallbackWarning, match=message):
+        check_grads(function, [x.astype(F32) for x in operands(rng)], order=2)
 
 
 def test_each_reason_has_its_warning(rng):
