@@ -55,7 +55,7 @@ def assert_is_quantized(array, y, y_error):
     scales = np.maximum(largest_of_blocks(y) / float(info.max), MIN_SCALE)
     scale_errors = largest_of_blocks(y_error) / float(info.max) / scales + 2 * U
     assert np.all(scale_errors < 0.5), "the bound says nothing"
-    assert np.all(np.abs(array.scales - scales) <= scale_errors * scales)
+    assert np.all(np.abs(np.asarray(array.scales, np.float64) - scales) <= scale_errors * scales)
     quotients = y / of_columns(scales)
     of_scale = of_columns(scale_errors)
     slack = (y_error / of_columns(scales) + np.abs(quotients) * (of_scale + 2 * U)) / (1 - of_scale)

@@ -1,8 +1,4 @@
-"""The kernels around the grouped GEMMs on a Hopper GPU: the reference's bits.
-
-Every kernel is launched once on its own, into results that are full of sentinels: what it does not write
-shows.
-"""
+"""The kernels around the grouped GEMMs on a Hopper GPU: the reference's bits."""
 
 from functools import partial
 
@@ -12,46 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_fp8gemm import dequantize, ffi, permute, quantize_transposed, reference_moe
+from gpu_launch import assert_same_bytes, launch, on_cpu
+from jax_fp8gemm import dequantize, permute, quantize_transposed, reference_moe
 from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, plan_permute, plan_sort
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, plan_quantize_transposed
 
-SENTINEL = 0x55  # of each byte
 FLOAT8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 INPUTS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-
-
-def on_cpu(function, *args):
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return jax.tree.map(np.asarray, function(*(np.asarray(arg) for arg in args)))
-
-
-def poison(shape, dtype):
-    item = jnp.dtype(dtype).itemsize
-    shape = (*shape, item) if item > 1 else shape
-    return jax.lax.bitcast_convert_type(jnp.full(shape, SENTINEL, jnp.uint8), dtype)
-
-
-def launch(plan, results, *operands):
-    """The kernel's results, (shape, dtype) each, in the place of operands that held sentinels."""
-    ffi.register()
-
-    @jax.jit
-    def run(*operands):
-        poisoned = [poison(*result) for result in results]
-        aliases = {len(operands) + i: i for i in range(len(results))}
-        call = jax.ffi.ffi_call(ffi.TARGET, poisoned, input_output_aliases=aliases)
-        return call(*operands, *poisoned, **plan.attributes())
-
-    return [np.asarray(result) for result in run(*operands)]
-
-
-def assert_same_bytes(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape
-        np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(np.uint8) for x in (a, b)))
 
 
 def features(rng, *shape, dtype="bf16"):
