@@ -8,8 +8,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-STEPS = ("bench_dense", "bench_grouped", "bench_quantize", "bench_moe", "bench_training", "bench_compile",
-         "plot")
+STEPS = ("bench_dense", "bench_grouped", "bench_quantize", "bench_moe", "bench_training_quantize",
+         "bench_training", "bench_compile", "plot")
 
 
 def main() -> int:

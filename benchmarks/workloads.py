@@ -257,6 +257,54 @@ class TrainingWorkload:
         return 6 * self.tokens * self.k * (3 * self.f if self.group_sizes else self.n)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingQuantizeWorkload:
+    """One quantisation of bf16 to e4m3 by rows and by columns.
+
+    Attributes:
+      operation: "both" of x [rows, columns], "weights" of w [batch, rows, columns], or "swiglu backward" of
+        gate_up [rows, 2 * columns] and d_hidden [rows, columns].
+      rows, columns: the sizes.
+      groups: of the rows; 0 is none of them.
+      batch: weights.
+    """
+
+    operation: str
+    rows: int
+    columns: int
+    groups: int = 0
+    batch: int = 1
+    has_kernel: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        batch = f"{self.batch}x" if self.batch > 1 else ""
+        groups = f", {self.groups}" if self.groups else ""
+        return f"{self.operation} {batch}{self.rows}x{self.columns}{groups}"
+
+    @property
+    def operand_shapes(self) -> tuple[tuple[int, ...], ...]:
+        if self.operation == "weights":
+            return ((self.batch, self.rows, self.columns),)
+        if self.operation == "both":
+            return ((self.rows, self.columns),)
+        return (self.rows, 2 * self.columns), (self.rows, self.columns)
+
+    @property
+    def bytes(self) -> int:
+        """bf16 read once, e4m3 and f32 scales written once, of as many tokens by columns as by rows."""
+        blocks = lambda size: -(-size // SCALE_BLOCK)
+        if self.operation == "weights":
+            scales = 2 * blocks(self.rows) * blocks(self.columns)
+            return self.batch * (4 * self.rows * self.columns + 4 * scales)
+        by_columns = lambda columns: self.rows * columns + 4 * blocks(self.rows) * columns
+        by_rows = lambda columns: self.rows * columns + 4 * self.rows * blocks(columns)
+        if self.operation == "both":
+            return 2 * self.rows * self.columns + by_rows(self.columns) + by_columns(self.columns)
+        return (6 * self.rows * self.columns + by_rows(2 * self.columns) + by_columns(2 * self.columns)
+                + by_columns(self.columns))
+
+
 TAGS = {
     "decode": "a few tokens: bound by reading the weights",
     "batch": "64 or 128 tokens: still bound by the weights, with arithmetic to hide",
@@ -378,6 +426,17 @@ TRAINING_WORKLOADS: tuple[TrainingWorkload, ...] = (
     TrainingWorkload(4096, 7168, n=18432),
     TrainingWorkload(8 * 4096, 7168, f=2048, group_sizes=(4096,) * 8),
     TrainingWorkload(sum(_MANY_EXPERTS), 2560, f=1280, group_sizes=_MANY_EXPERTS),
+)
+
+TRAINING_QUANTIZE_WORKLOADS: tuple[TrainingQuantizeWorkload, ...] = (
+    *(TrainingQuantizeWorkload("both", t, n)
+      for t, n in ((64, 7168), (4096, 2048), (4096, 7168), (4096, 18432), (8192, 7168), (32768, 7168))),
+    *(TrainingQuantizeWorkload("both", 32768, n, groups=g) for n, g in ((2048, 8), (7168, 8), (7168, 64))),
+    *(TrainingQuantizeWorkload("weights", k, n) for k, n in ((7168, 4096), (7168, 18432), (18432, 7168))),
+    TrainingQuantizeWorkload("weights", 7168, 4096, batch=8),
+    *(TrainingQuantizeWorkload("swiglu backward", t, f)
+      for t, f in ((4096, 2048), (4096, 18432), (32768, 2048))),
+    *(TrainingQuantizeWorkload("swiglu backward", 32768, 2048, groups=g) for g in (8, 64)),
 )
 
 
