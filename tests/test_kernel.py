@@ -1,5 +1,7 @@
 """Kernels that are no GEMMs: the source around a device function, the plan, the custom call."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,6 +44,11 @@ def test_the_plan_has_the_compiled_kernel_and_its_launch(tmp_path):
     assert (got.grid, got.cluster, got.block, got.shared_bytes) == ((10, 1, 1), (1, 1, 1), 128, 64)
     assert got.arguments == (Pointer(0), Pointer(2), Scalar(1234))
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
+
+
+def test_bounds_of_a_launch_tell_how_many_ctas_registers_are_for():
+    assert "__launch_bounds__(128) fp8_scale(" in KERNEL.source()
+    assert "__launch_bounds__(128, 4) fp8_scale(" in dataclasses.replace(KERNEL, ctas=4).source()
 
 
 def test_dumps_are_named_after_the_kernel(monkeypatch, tmp_path):
