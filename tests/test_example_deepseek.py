@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.deepseek import compare, config, data, grouped, layers, log, model, precision, step, train
+from examples.deepseek import compare, config, data, grouped, layers, log, model, precision, rows, step, train
 
 TINY = config.load("tiny")
 PRECISIONS = precision.PRECISIONS
@@ -78,7 +78,7 @@ def test_a_wrong_field_is_named(overrides, message):
 def test_an_unknown_configuration_or_precision_is_named():
     with pytest.raises(ValueError, match=r"one of tiny, small, v3, got 'huge'"):
         config.load("huge")
-    with pytest.raises(ValueError, match=r"one of bf16, fp8, got 'fp4'"):
+    with pytest.raises(ValueError, match=r"one of bf16, fp8, f32, got 'fp4'"):
         precision.ops("fp4")
 
 
@@ -195,8 +195,8 @@ def test_the_bias_evens_out_the_load(rng):
     router = jnp.array(rng.standard_normal((16, 8)) / 4, jnp.float32)
     # Most tokens prefer one expert, and few another.
     x = normal(rng, 512, 16) + 2 * jnp.bfloat16(router[:, 0] - router[:, 5])
-    route = jax.jit(lambda bias: layers.sort_by_expert(
-        layers.route(x, router, bias, dataclasses.replace(TINY, experts=8))[0], 8)[2])
+    route = jax.jit(lambda bias: rows.sort_by_expert(
+        layers.route(x, router, bias, dataclasses.replace(TINY, experts=8))[0], 8).sizes)
     bias = jnp.zeros((1, 8))
     loads = []
     for _ in range(200):
@@ -209,24 +209,6 @@ def test_the_bias_evens_out_the_load(rng):
     # One step: by the sign alone, and an expert that has the mean stays.
     np.testing.assert_allclose(
         layers.update_bias(jnp.zeros((1, 4)), jnp.array([[9, 5, 4, 2]]), 0.5), [[-0.5, 0, 0.5, 0.5]])
-
-
-def test_sorting_puts_each_slot_once_behind_its_expert(rng):
-    experts = jnp.array(rng.integers(0, 5, (31, 3)))
-    order, inverse, load = layers.sort_by_expert(experts, 7)
-    in_order = np.array(experts).ravel()[order]
-    np.testing.assert_array_equal(in_order, np.sort(in_order))
-    np.testing.assert_array_equal(np.array(order)[inverse], np.arange(93))
-    np.testing.assert_array_equal(load, np.bincount(np.array(experts).ravel(), minlength=7))
-
-
-def test_taking_rows_has_the_gradient_of_a_gather(rng):
-    order = jnp.array(rng.permutation(93))
-    x, dy = (jnp.array(rng.standard_normal((93, 5)), jnp.float32) for _ in range(2))
-    out, pull = jax.vjp(lambda x: layers.take_rows(x, order, jnp.argsort(order)), x)
-    expected, expected_pull = jax.vjp(lambda x: x[order], x)
-    np.testing.assert_array_equal(out, expected)
-    np.testing.assert_array_equal(pull(dy)[0], expected_pull(dy)[0])
 
 
 @pytest.mark.parametrize("sizes", [

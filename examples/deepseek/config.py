@@ -28,6 +28,8 @@ class Config:
       shared_experts: each token takes these too; they are one feed-forward, as wide as that many experts.
       expert_intermediate: width of one expert.
       routed_scaling: factor of the routing weights, which add up to one before it.
+      capacity_factor: of the tokens that a device has room for in expert parallelism, over those that come if
+        all experts have as many; what is beyond is left out.
       bias_speed: how far a step moves the bias of an expert that has too many or too few tokens.
       attention: "xla", or "cudnn", which needs a GPU and heads that its kernel takes.
       remat: keep only the results of GEMMs of a layer, and compute the rest again in the backward pass.
@@ -63,6 +65,7 @@ class Config:
     remat: bool
     routed_scaling: float = 2.5
     rope_theta: float = 10_000.0
+    capacity_factor: float = 2.0
     attention: str = "xla"
     weight_decay: float = 0.1
     beta1: float = 0.9

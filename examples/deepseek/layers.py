@@ -7,12 +7,30 @@ E experts, k experts of a token.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from examples.deepseek import dispatch
 from examples.deepseek.config import Config
+from examples.deepseek.mesh import DATA, EXPERT, TENSOR, TOKENS, Layout, experts_specs
 from examples.deepseek.precision import Ops
+from examples.deepseek.rows import collect, sort_by_expert, spread
+
+
+class Routing(NamedTuple):
+    """How the routing of a batch went.
+
+    Attributes:
+      load: [E] int32, the tokens of each expert.
+      dropped: int32, of these what there was no room for.
+    """
+
+    load: jax.Array
+    dropped: jax.Array
 
 
 def rms_norm(x, weight):
@@ -68,16 +86,62 @@ def dense_feed_forward(params, x, ops: Ops):
     return ops.feed_forward(x, params["gate_up"], params["down"])
 
 
-def mixture_of_experts(params, bias, x, config: Config, ops: Ops):
-    """The shared expert and the routed ones: x [T, D] -> [T, D], and the tokens of each expert [E] int32."""
-    experts, weights = route(x, params["router"], bias, config)
-    order, inverse, load = sort_by_expert(experts, config.experts)
-    rows = take_rows(jnp.repeat(x, config.experts_per_token, axis=0), order, inverse)
-    out = ops.ragged_feed_forward(rows, params["experts_gate_up"], params["experts_down"], load)
-    out = take_rows(out, inverse, order).reshape(*weights.shape, -1)
-    routed = jnp.sum(weights[..., None] * out, axis=1)  # f32, in the order of the slots
+def mixture_of_experts(params, bias, x, config: Config, ops: Ops, layout: Layout):
+    """The shared expert and the routed ones: x [T, D] -> [T, D], and how the routing went."""
+    routed, routing = routed_experts(params, bias, x, config, ops, layout)
     shared = ops.feed_forward(x, params["shared_gate_up"], params["shared_down"])
-    return (routed + shared).astype(x.dtype), load
+    return (routed + shared).astype(x.dtype), routing
+
+
+def routed_experts(params, bias, x, config: Config, ops: Ops, layout: Layout):
+    """x [T, D] -> the sum of its experts' results, each times its weight, [T, D] f32."""
+    if layout.mesh is None:
+        experts, weights = route(x, params["router"], bias, config)
+        gate_up, down = _as_matrices(params["experts_gate_up"]), params["experts_down"]
+        out, sizes = apply_experts(x, experts, weights, gate_up, down, ops)
+        return out, Routing(sizes, jnp.int32(0))
+    tokens = P(TOKENS)
+    return jax.shard_map(
+        partial(_routed_experts_of_device, config=config, ops=ops), mesh=layout.mesh,
+        in_specs=(tokens, P(), P(), *experts_specs()), out_specs=(tokens, P()))(
+            x, bias, params["router"], params["experts_gate_up"], params["experts_down"])
+
+
+def _routed_experts_of_device(x, bias, router, gate_up, down, config, ops):
+    """`routed_experts` of one device's tokens, with the other devices' help."""
+    num_devices = lax.axis_size(EXPERT)
+    room = dispatch.room(len(x), config.experts_per_token, config.experts, num_devices,
+                         config.capacity_factor)
+    experts, weights = route(x, router, bias, config)
+    rows = dispatch.plan(experts, config.experts, num_devices, room)
+    tokens, weights, theirs = dispatch.send(ops, EXPERT, x, weights, experts, rows)
+
+    first = lax.axis_index(EXPERT) * len(down)
+    gate_up, down = ops.gathered(_as_matrices(gate_up), DATA, -2), ops.gathered(down, DATA, -1)
+    over_tensor = partial(lax.pcast, axis_name=TENSOR, to="varying")
+    out, sizes = apply_experts(over_tensor(tokens), theirs - first, over_tensor(weights), gate_up, down, ops,
+                               room.rows)
+    out = dispatch.fetch(ops, EXPERT, out.astype(x.dtype), rows)
+    load = jax.nn.one_hot(experts, config.experts, dtype=jnp.int32).sum((0, 1))
+    routing = Routing(load, jnp.int32(experts.size) - sizes.sum())
+    return lax.psum(out, TENSOR), jax.tree.map(lambda count: lax.psum(count, TOKENS), routing)
+
+
+def _as_matrices(gate_up):
+    """[E, D, 2, F] -> [E, D, 2F]: of the width F a device has the same part of gate and of up."""
+    return gate_up.reshape(*gate_up.shape[:2], -1)
+
+
+def apply_experts(x, experts, weights, gate_up, down, ops: Ops, capacity=None):
+    """x [T, D] -> [T, D] f32, of the experts [T, k] of which the weights are at hand; and their rows [E].
+
+    gate_up is [E, D, 2F], and down [E, F, D]. A number of an expert outside of [0, E) counts
+    nothing, and so does a row beyond the capacity.
+    """
+    by_expert = sort_by_expert(experts, gate_up.shape[0], capacity)
+    out = ops.ragged_feed_forward(spread(x, by_expert.of_tokens), gate_up, down, by_expert.sizes)
+    weights = spread(weights.reshape(-1, 1), by_expert.of_slots)
+    return collect(weights * out, by_expert.of_tokens), by_expert.sizes
 
 
 def route(x, router, bias, config: Config):
@@ -101,21 +165,3 @@ def update_bias(bias, load, speed):
     """
     load = load.astype(jnp.float32)
     return bias + speed * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-
-
-def sort_by_expert(experts, num_experts):
-    """experts [T, k] -> the slots [T * k] in the order of their experts, its inverse, and the load [E]."""
-    order = jnp.argsort(experts.ravel(), stable=True)
-    slots = jnp.arange(len(order))
-    inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
-    return order, inverse, jax.nn.one_hot(experts, num_experts, dtype=jnp.int32).sum((0, 1))
-
-
-@partial(jax.custom_vjp)
-def take_rows(x, order, inverse):
-    """x[order] for a permutation: its gradient is dy[inverse], which adds nothing up in any order."""
-    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
-
-
-take_rows.defvjp(lambda x, order, inverse: (take_rows(x, order, inverse), (order, inverse)),
-                 lambda kept, dy: (take_rows(dy, *reversed(kept)), None, None))

@@ -88,7 +88,8 @@ def open_steps(folder: pathlib.Path) -> TextIO:
 def append(file: TextIO, step: dict[str, Any]) -> None:
     """Writes one step.
 
-    It has `step` from 1 on, `loss`, `gradient_norm`, `load` (tokens of each expert, by layer), `seconds` and
+    It has `step` from 1 on, `loss`, `gradient_norm`, `load` (tokens of each expert, by layer), `dropped`
+    (what of it found no room, by layer), `seconds` and
     `tokens_per_s`; some also `validation_loss` and `digest`, the checksum of the state after the step.
     """
     file.write(json.dumps(step) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any
@@ -10,23 +11,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.deepseek import grouped, layers
+from examples.deepseek import dispatch, grouped, layers
 from examples.deepseek.config import Config
+from examples.deepseek.mesh import ONE_DEVICE, TENSOR, Layout
 from examples.deepseek.precision import Ops
 from jax_fp8gemm import save_gemms
 
-# What a rematerialised layer keeps: results of GEMMs, but not the products between tokens in attention.
-_KEEP_GEMMS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_from_both_policies(
-        save_gemms, jax.checkpoint_policies.save_only_these_names(grouped.GEMM_NAME)),
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+# What a rematerialised layer keeps: results of GEMMs, but not the products between tokens in attention; and
+# what came from other devices, so that it travels once.
+_policies = jax.checkpoint_policies
+_KEEP = functools.reduce(_policies.save_from_both_policies, (
+    save_gemms, _policies.save_only_these_names(grouped.GEMM_NAME, dispatch.MESSAGE_NAME),
+    _policies.dots_with_no_batch_dims_saveable))
 
 # Matrices whose products are added to the residual stream.
 _BRANCH_ENDS = ("out", "down", "experts_down", "shared_down")
+_INPUT_AXIS = {"experts_gate_up": -3}
 
 
 def shapes(config: Config) -> dict[str, Any]:
-    """The shape of every parameter. Matrices are [*, in, out]; layers of a kind are stacked in front."""
+    """The shape of every parameter. Matrices are [*, in, out]; layers of a kind are stacked in front.
+
+    Gate and up of the routed experts have an axis of their own, [*, in, 2, out]: a device may have the same
+    part of either.
+    """
     c = config
     attention = {
         "norm": (c.hidden,),
@@ -46,7 +54,7 @@ def shapes(config: Config) -> dict[str, Any]:
     moe = {
         "norm": (c.hidden,),
         "router": (c.hidden, c.experts),
-        "experts_gate_up": (c.experts, c.hidden, 2 * c.expert_intermediate),
+        "experts_gate_up": (c.experts, c.hidden, 2, c.expert_intermediate),
         "experts_down": (c.experts, c.expert_intermediate, c.hidden),
         "shared_gate_up": (c.hidden, 2 * shared),
         "shared_down": (shared, c.hidden),
@@ -76,7 +84,7 @@ def init(config: Config, key: jax.Array) -> dict[str, Any]:
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(shape)
-        deviation = 1.0 if name == "embedding" else shape[-2] ** -0.5
+        deviation = 1.0 if name == "embedding" else shape[_INPUT_AXIS.get(name, -2)] ** -0.5
         if name in _BRANCH_ENDS:
             deviation /= math.sqrt(2 * config.layers)
         return deviation * jax.random.normal(jax.random.fold_in(key, index), shape)
@@ -84,39 +92,40 @@ def init(config: Config, key: jax.Array) -> dict[str, Any]:
     return jax.tree.unflatten(tree, [draw(index, *each) for index, each in enumerate(paths)])
 
 
-def logits(params, bias, tokens, config: Config, ops: Ops):
-    """tokens [B, S] int32 -> logits [B, S, V] f32, and the tokens of each expert [moe_layers, E] int32."""
+def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_DEVICE):
+    """tokens [B, S] int32 -> logits [B, S, V] f32, and the Routing of each layer with experts."""
     # The lookup is a product with one-hot rows: its gradient is a GEMM, and so the same in every run; that of
     # a gather would add rows up in the order in which they come.
-    one_hot = jax.nn.one_hot(tokens, config.vocabulary, dtype=jnp.bfloat16)
-    x = jnp.dot(one_hot, params["embedding"].astype(jnp.bfloat16))
+    one_hot = jax.nn.one_hot(layout.tokens(tokens), config.vocabulary, dtype=ops.dtype)
+    embedding = layout.constrain(params["embedding"].astype(ops.dtype), TENSOR)
+    x = layout.tokens(jnp.dot(one_hot, embedding))
 
     def attend(layer, x):
         normed = layers.rms_norm(x, layer["attention"]["norm"])
-        return x + layers.attention(layer["attention"], normed, config, ops)
+        return x + layout.tokens(layers.attention(layer["attention"], normed, config, ops))
 
     def dense_layer(x, layer):
         x = attend(layer, x)
         normed = layers.rms_norm(x, layer["feed_forward"]["norm"])
-        return x + layers.dense_feed_forward(layer["feed_forward"], normed, ops), None
+        return x + layout.tokens(layers.dense_feed_forward(layer["feed_forward"], normed, ops)), None
 
     def moe_layer(x, layer_and_bias):
         layer, bias = layer_and_bias
         x = attend(layer, x)
         normed = layers.rms_norm(x, layer["feed_forward"]["norm"]).reshape(-1, config.hidden)
-        out, load = layers.mixture_of_experts(layer["feed_forward"], bias, normed, config, ops)
-        return x + out.reshape(x.shape), load
+        out, routing = layers.mixture_of_experts(layer["feed_forward"], bias, normed, config, ops, layout)
+        return x + layout.tokens(out.reshape(x.shape)), routing
 
-    remat = partial(jax.checkpoint, policy=_KEEP_GEMMS) if config.remat else lambda layer: layer
+    remat = partial(jax.checkpoint, policy=_KEEP) if config.remat else lambda layer: layer
     x, _ = jax.lax.scan(remat(dense_layer), x, params["dense"])
-    x, load = jax.lax.scan(remat(moe_layer), x, (params["moe"], bias))
+    x, routing = jax.lax.scan(remat(moe_layer), x, (params["moe"], bias))
     x = layers.rms_norm(x, params["norm"])
-    head = params["head"].astype(jnp.bfloat16)
-    return jnp.dot(x, head, preferred_element_type=jnp.float32), load
+    head = layout.constrain(params["head"].astype(ops.dtype), None, TENSOR)
+    return jnp.dot(x, head, preferred_element_type=jnp.float32), routing
 
 
-def loss(params, bias, sequences, config: Config, ops: Ops):
-    """Mean cross-entropy in nats of sequences [B, S + 1], each token given those before it; and the load."""
-    out, load = logits(params, bias, sequences[:, :-1], config, ops)
+def loss(params, bias, sequences, config: Config, ops: Ops, layout: Layout = ONE_DEVICE):
+    """Mean cross-entropy in nats of sequences [B, S + 1], each token given those before; and the Routing."""
+    out, routing = logits(params, bias, sequences[:, :-1], config, ops, layout)
     labels = jax.nn.one_hot(sequences[:, 1:], config.vocabulary)  # for a gradient without a scatter
-    return optax.softmax_cross_entropy(out, labels).mean(), load
+    return optax.softmax_cross_entropy(out, labels).mean(), routing

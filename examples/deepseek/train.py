@@ -2,6 +2,7 @@
 
     python -m examples.deepseek.train --config tiny                       # on a CPU, in a minute
     python -m examples.deepseek.train --config small --precision bf16 fp8 --seed 0 1 2 --out runs/small
+    python -m examples.deepseek.train --config small --precision fp8 --mesh data=2 expert=4   # eight devices
 
 Runs are DIR/PRECISION-SEED, each with its log and its checkpoints. Those of one precision share a compiled
 step. A run resumes where its last checkpoint was, and goes on bit for bit as if it had not been interrupted.
@@ -22,6 +23,8 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from examples.deepseek import config as configs
@@ -29,7 +32,8 @@ from examples.deepseek import log
 from examples.deepseek.checkpoint import Checkpoints
 from examples.deepseek.config import Config
 from examples.deepseek.data import Corpus, Sampler, read_corpus
-from examples.deepseek.precision import PRECISIONS
+from examples.deepseek.mesh import ONE_DEVICE, Layout, check, make_mesh
+from examples.deepseek.precision import PRECISIONS, REFERENCE
 from examples.deepseek.step import TrainState, digest, init, train_step, validation_loss
 
 # A step of the first few is not timed: compilation, and the GPU's clock.
@@ -53,8 +57,8 @@ class Limits:
 
 
 def train(config: Config, precision: str, seed: int, corpus: Corpus, folder: pathlib.Path, limits: Limits, *,
-          resume: bool = False) -> TrainState | None:
-    """One run: new, or from its last checkpoint.
+          layout: Layout = ONE_DEVICE, resume: bool = False) -> TrainState | None:
+    """One run: new, or from its last checkpoint, which may have been written on another mesh.
 
     Returns:
       The state after the last step, or None where the run had all of its steps already.
@@ -63,44 +67,51 @@ def train(config: Config, precision: str, seed: int, corpus: Corpus, folder: pat
       ValueError: the folder has a run that is not to be resumed, or is another one.
       FloatingPointError: the loss is not finite.
     """
+    if layout.mesh is not None:
+        check(config, layout.mesh)
     identity = {"precision": precision, "seed": seed, "config": dataclasses.asdict(config),
                 "text": corpus.digest()}
-    resumes = log.exists(folder)
-    if resumes and not resume:
+    recorded = _recorded_steps(folder)
+    if recorded is not None and not resume:
         raise ValueError(f"{folder}: expected no run there, got one; resume it, or take another folder")
-    if resumes:
+    if recorded is not None:
         log.check_identity(folder, identity)
-        if log.last_step(folder) >= limits.steps:
+        if recorded >= limits.steps:
             return None
-    else:
-        log.begin(folder, identity, _environment())
+    elif _writes_log():
+        log.begin(folder, identity, _environment(layout))
 
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, position = init(config, seed), 0
-        if resumes and (restored := checkpoints.restore(state)):
+        state, position = init(config, seed, layout), 0
+        if recorded is not None and (restored := checkpoints.restore(state)):
             state, position = restored
-        log.cut(folder, int(state.step))
-        with log.open_steps(folder) as file:
-            return _Loop(config, precision, seed, corpus, limits, checkpoints, file).run(state, position)
+        if _writes_log():
+            log.cut(folder, int(state.step))
+        with log.open_steps(folder) if _writes_log() else open(os.devnull, "w") as file:
+            loop = _Loop(config, precision, seed, corpus, limits, layout, checkpoints, file)
+            return loop.run(state, position)
 
 
 class _Loop:
     """The steps of a run, and what is done between them."""
 
-    def __init__(self, config, precision, seed, corpus, limits, checkpoints, file):
+    def __init__(self, config, precision, seed, corpus, limits, layout, checkpoints, file):
         self.config, self.limits, self.checkpoints, self.file = config, limits, checkpoints, file
-        self.step = train_step(config, precision)
-        self.validation_loss = validation_loss(config, precision)
+        self.layout = layout
+        self.step = train_step(config, precision, layout)
+        self.validation_loss = validation_loss(config, precision, layout)
         self.sampler = Sampler(corpus.train, config.sequence, seed)
         self.validation = Sampler(corpus.validation, config.sequence, seed=0)
         self.title = f"{precision} seed {seed}"
 
     def run(self, state, position):
         first, last = int(state.step) + 1, self.limits.steps
-        with tqdm(total=last, initial=first - 1, desc=self.title, unit="step") as self.progress:
+        with tqdm(total=last, initial=first - 1, desc=self.title, unit="step",
+                  disable=not _writes_log()) as self.progress:
             self.under_way, self.clock = None, time.perf_counter()
             for number in range(first, last + 1):
-                state, metrics = self.step(state, self.sampler.batch(position, self.config.batch))
+                sequences = self.sampler.batch(position, self.config.batch)
+                state, metrics = self.step(state, self.layout.place(sequences))
                 position += self.config.batch
                 # Read a step's metrics when the next one is under way, so that the device never waits.
                 self.finish_step()
@@ -133,8 +144,8 @@ class _Loop:
         loss, rate = float(metrics["loss"]), self.config.tokens_per_step / seconds
         log.append(self.file, {
             "step": number, "loss": loss, "gradient_norm": float(metrics["gradient_norm"]),
-            "load": metrics["load"].tolist(), "seconds": seconds, "tokens_per_s": rate,
-            **(self.validate(validated) if validated else {})})
+            "load": metrics["load"].tolist(), "dropped": metrics["dropped"].tolist(), "seconds": seconds,
+            "tokens_per_s": rate, **(self.validate(validated) if validated else {})})
         self.progress.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
         self.progress.update()
         if not math.isfinite(loss):
@@ -142,14 +153,28 @@ class _Loop:
 
     def validate(self, state):
         size = self.config.batch
-        losses = [self.validation_loss(state, self.validation.batch(idx * size, size))
-                  for idx in range(self.config.validation_batches)]
+        batches = (self.validation.batch(idx * size, size) for idx in range(self.config.validation_batches))
+        losses = [self.validation_loss(state, self.layout.place(batch)) for batch in batches]
         return {"validation_loss": statistics.fmean(map(float, losses)), "digest": int(digest(state))}
 
 
-def _environment():
+def _environment(layout):
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
+    mesh = {} if layout.mesh is None else dict(layout.mesh.shape)
+    return {"device": jax.devices()[0].device_kind, "mesh": mesh, "processes": jax.process_count(),
+            "versions": versions}
+
+
+def _recorded_steps(folder):
+    """Of the run in the folder, or None: what the first process sees, in all of them."""
+    steps = log.last_step(folder) if log.exists(folder) else -1
+    if jax.process_count() > 1:
+        steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
+    return None if steps < 0 else steps
+
+
+def _writes_log():
+    return jax.process_index() == 0
 
 
 def summary(folder: pathlib.Path) -> str:
@@ -168,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default="tiny", help=f"{', '.join(configs.PRESETS)}, or a JSON file")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", type=_override,
                         help="fields of the configuration to replace, such as batch=8 attention=cudnn")
-    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=PRECISIONS)
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=(*PRECISIONS, REFERENCE))
     parser.add_argument("--seed", nargs="+", default=[0], type=int, help="of the parameters and of the data")
     parser.add_argument("--steps", type=int, help="steps of a run; the configuration's by default, whose "
                         "learning rate schedule does not change with this")
@@ -180,11 +205,16 @@ def main(arguments: list[str] | None = None) -> int:
                         help="0 saves nothing but at the end of --minutes")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="stop after this time, with a checkpoint to resume from")
+    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=_override,
+                        help="sizes of the mesh axes data, expert and tensor; one device by default")
     args = parser.parse_args(arguments)
     try:
         config = configs.load(args.config, dict(args.set))
-    except ValueError as error:
+        layout = Layout(make_mesh(**dict(args.mesh))) if args.mesh else ONE_DEVICE
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
+    if jax.process_count() > 1 and math.isfinite(args.minutes):
+        parser.error("--minutes: expected one process, whose clock it is; give several --steps")
     limits = Limits(args.steps or config.steps, args.checkpoint_every, time.monotonic() + 60 * args.minutes)
     _prepare_xla(args.out)
     corpus = read_corpus(args.text)
@@ -194,8 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
     for seed, precision in itertools.product(args.seed, args.precision):
         folder = args.out / f"{precision}-{seed}"
         if time.monotonic() < limits.deadline:
-            train(config, precision, seed, corpus, folder, limits, resume=args.resume)
-            print(summary(folder), flush=True)
+            train(config, precision, seed, corpus, folder, limits, layout=layout,
+                  resume=args.resume)
+            if _writes_log():
+                print(summary(folder), flush=True)
     return 0
 
 

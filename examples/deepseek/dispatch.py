@@ -1,0 +1,139 @@
+"""Expert parallelism: tokens travel to the devices that have their experts, and the results travel back.
+
+Inside of `jax.shard_map`, over the mesh axis of the experts. A token goes once to each device that has any of
+its experts, whatever their number; that device adds up what its experts make of it. Everything about a token,
+its features, their scales, its experts and their weights, is one message, and so is every way one all-to-all:
+
+    forward    tokens as FP8 with their scales there, sums in bf16 back
+    gradient   gradients as FP8 with their scales there, sums in bf16 back
+
+A device has the same room for each sender, `Room.tokens`: an all-to-all of blocks of one size, where a ragged
+one is slower by an order of magnitude (8 GB/s against 269, measured on four H200 with JAX 0.11.2). Tokens for
+which there is no room are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from examples.deepseek.precision import Ops
+from examples.deepseek.rows import Rows, collect, copies
+
+# What `jax.checkpoint_policies` know the messages by that came in.
+MESSAGE_NAME = "message"
+_WORD = jnp.uint32
+
+
+class Room(NamedTuple):
+    """What a device has room for: tokens from each device, and rows, copies of those for its experts."""
+
+    tokens: int
+    rows: int
+
+
+def room(num_tokens: int, top_k: int, num_experts: int, num_devices: int, factor: float) -> Room:
+    """Room for `factor` times what comes if all experts have as many tokens, but no more than can come.
+
+    Args:
+      num_tokens: T, of one device.
+      top_k: experts of a token.
+      num_experts: of all devices.
+      num_devices: that the experts are divided among.
+      factor: at least 1.
+    """
+    mean = num_tokens * top_k / num_devices
+    tokens = min(num_tokens, math.ceil(factor * mean))
+    most = num_devices * tokens * min(top_k, num_experts // num_devices)
+    return Room(tokens, min(most, math.ceil(factor * num_tokens * top_k)))
+
+
+def plan(experts: jax.Array, num_experts: int, num_devices: int, room: Room) -> Rows:
+    """experts [T, k] -> the rows [num_devices * room.tokens] of all messages, each device's together."""
+    num_tokens, num_rows = len(experts), num_devices * room.tokens
+    device = jnp.arange(num_devices)
+    goes = (experts[..., None] // (num_experts // num_devices) == device).any(axis=1)  # [T, devices]
+    place = jnp.cumsum(goes, axis=0) - 1
+    # Numbers past the last row, a different one for each: they name no row, and none twice.
+    nowhere = num_rows + jnp.arange(goes.size).reshape(goes.shape)
+    row = jnp.where(goes & (place < room.tokens), device * room.tokens + place, nowhere).astype(jnp.int32)
+    token = jnp.full(num_rows, num_tokens, jnp.int32)
+    owner = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
+    token = token.at[row].set(owner, unique_indices=True, mode="drop")
+    return Rows(token, jnp.minimum(row, num_rows))
+
+
+def send(ops: Ops, axis: str, x, weights, experts, rows: Rows):
+    """Tokens to the devices of the mesh axis: x [T, D], weights and experts [T, k] -> the same of [R, …].
+
+    Rows that are of no token have features of zero, and -1 for experts.
+    """
+    return _send(ops, axis, x, weights, experts, rows)
+
+
+def fetch(ops: Ops, axis: str, y, rows: Rows):
+    """The sums of tokens from where `send` sent them: y [R, D] -> [T, D] f32."""
+    return _fetch(ops, axis, y, rows)
+
+
+# NOTES: the forward rules are written out, or policies of jax.checkpoint would not see the messages' name.
+
+
+def _send_forward(ops, axis, x, weights, experts, rows):
+    message = copies((ops.pack(x), weights), rows), copies(experts, rows, fill=-1)
+    received = exchange(message, axis)
+    (packed, weights), experts = jax.tree.map(lambda leaf: checkpoint_name(leaf, MESSAGE_NAME), received)
+    return (ops.unpack(packed, x.dtype), weights, experts), (rows, x[:0])
+
+
+def _send_backward(ops, axis, kept, gradients):
+    rows, like_x = kept
+    d_x, d_weights = exchange(gradients[:2], axis)
+    return collect(d_x, rows).astype(like_x.dtype), collect(d_weights, rows), None, None
+
+
+def _fetch_forward(ops, axis, y, rows):
+    return collect(exchange(y, axis), rows), (rows, y[:0])
+
+
+def _fetch_backward(ops, axis, kept, d_out):
+    rows, like_y = kept
+    packed = exchange(copies(ops.pack(d_out.astype(like_y.dtype)), rows), axis)
+    return ops.unpack(packed, like_y.dtype), None
+
+
+_send = jax.custom_vjp(lambda *args: _send_forward(*args)[0], nondiff_argnums=(0, 1))
+_send.defvjp(_send_forward, _send_backward)
+_fetch = jax.custom_vjp(lambda *args: _fetch_forward(*args)[0], nondiff_argnums=(0, 1))
+_fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def exchange(message: Any, axis: str) -> Any:
+    """Block i of each array [R, …] of a tree to device i of the mesh axis, in one all-to-all."""
+    leaves, tree = jax.tree.flatten(message)
+    words = [_to_words(leaf) for leaf in leaves]
+    ends = [0]
+    for word in words:
+        ends.append(ends[-1] + word.shape[1])
+    received = lax.all_to_all(jnp.concatenate(words, axis=1), axis, 0, 0, tiled=True)
+    return tree.unflatten([_from_words(received[:, begin:end], leaf)
+                           for begin, end, leaf in zip(ends, ends[1:], leaves, strict=False)])
+
+
+def _to_words(x):
+    """[R, C] of any dtype -> [R, W] of 4 bytes each: copies of bytes are slow on a GPU."""
+    size = _WORD.dtype.itemsize // x.dtype.itemsize
+    if x.shape[1] % size:
+        raise ValueError(f"exchange: expected rows of whole words of 4 bytes, got {x.shape[1]} columns of "
+                         f"{x.dtype}")
+    return lax.bitcast_convert_type(x.reshape(len(x), -1, size) if size > 1 else x, _WORD)
+
+
+def _from_words(words, like):
+    return lax.bitcast_convert_type(words, like.dtype).reshape(len(words), like.shape[1])
+
