@@ -1,4 +1,4 @@
-"""The command line: python -m jax_fp8gemm info | explain | warmup | autotune | cache."""
+"""The command line: python -m jax_fp8gemm info | explain | warmup | autotune | cache | launch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from jax_fp8gemm.jit.problem import (
     round_up,
 )
 from jax_fp8gemm.jit.warmup import warmup
+from jax_fp8gemm.launch import launch
 
 SHAPES_HELP = "MxNxK, such as 64x2112x7168, or a file with one of these on each line (# starts a comment)"
 
@@ -66,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "cache", _cache, "show, or clear, the compiled kernels on disk")
     command.add_argument("--clear", action="store_true", help="delete them; measured configurations stay")
+
+    command = _command(commands, "launch", _launch, "run a jax.distributed program here, in N processes")
+    command.add_argument("--processes", type=int, required=True, metavar="N", help="each gets a GPU, if any")
+    command.add_argument("program", nargs=argparse.REMAINDER, help="a command, such as python train.py")
     return parser
 
 
@@ -166,6 +171,13 @@ def _cache(options: argparse.Namespace) -> int:
         print(f"{kernel_cache().clear()} kernels deleted")
     print(diagnose.cache_state())
     return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    program = options.program[1:] if options.program[:1] == ["--"] else options.program
+    if not program:
+        raise ValueError("launch: expected a command, such as python train.py, got none")
+    return launch(program, options.processes)
 
 
 if __name__ == "__main__":

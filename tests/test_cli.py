@@ -34,7 +34,8 @@ def run(capsys, *arguments):
 def test_the_module_runs_and_its_help_has_the_environment(tmp_path):
     command = [sys.executable, "-m", "jax_fp8gemm", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for word in ("info", "explain", "warmup", "autotune", "cache", *(v.name for v in settings.VARIABLES)):
+    commands = "info", "explain", "warmup", "autotune", "cache", "launch"
+    for word in (*commands, *(v.name for v in settings.VARIABLES)):
         assert word in done.stdout
 
 
