@@ -10,6 +10,7 @@ from jax_fp8gemm.gemm import (
     fp8_gemm_ragged_m,
     group_sizes_from_ids,
 )
+from jax_fp8gemm.hosts import check_hosts
 from jax_fp8gemm.interop import from_qarray, to_qarray
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.moe import permute, unpermute
@@ -27,6 +28,7 @@ __all__ = [
     "Fp8FallbackWarning",
     "PreparedWeight",
     "ScaledArray",
+    "check_hosts",
     "dequantize",
     "dot",
     "dot_general",

@@ -36,7 +36,7 @@ class Check:
 
 def checks() -> list[Check]:
     """All checks, in the order in which their remedies should be tried."""
-    return [_python(), *_jax(), _plugin(), _driver(), _gpu(), _nvrtc(), _headers(), _extension()]
+    return [_python(), *_jax(), _plugin(), driver(), _gpu(), _nvrtc(), _headers(), _extension()]
 
 
 def report() -> tuple[str, bool]:
@@ -78,7 +78,8 @@ def _plugin() -> Check:
     return Check("plugin", "JAX has no CUDA plugin", INSTALL_JAX)
 
 
-def _driver() -> Check:
+def driver() -> Check:
+    """The newest CUDA that the NVIDIA driver knows."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
