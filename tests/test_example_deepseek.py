@@ -143,7 +143,7 @@ def test_latent_attention_is_that_of_each_head(rng):
     params |= {name: jnp.array(rng.uniform(0.5, 2, params[name].shape), jnp.float32)
                for name in ("q_norm", "kv_norm")}
     x = normal(rng, 2, 13, TINY.hidden)
-    out = jax.jit(lambda x: layers.attention(params, x, TINY, precision.ops("bf16")))(x)
+    out = jax.jit(lambda x: layers.attention(params, x, TINY, precision.ops("bf16"))[0])(x)
     assert out.shape == x.shape
     assert out.dtype == jnp.bfloat16
     expected = attention_in_f64(jax.tree.map(np.float64, params), np.float64(x))

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -59,6 +62,33 @@ def test_the_command_line_trains_interrupts_and_resumes(command, capsys, tmp_pat
         command("--steps", "9")
     with pytest.raises(ValueError, match=r"expected to resume the same run, got other config\.batch: 2, 3"):
         command("--steps", "9", "--resume", "--set", "batch=3")
+
+
+def test_two_processes_train_as_one_with_two_devices(tmp_path, command):
+    """Each has one device of the mesh, and the first one writes the log; what is learned is the same."""
+    mesh = ("--mesh", "expert=2", "--steps", "3", "--precision", "fp8", "--checkpoint-every", "2")
+    alone = log.read(command(*mesh) / "fp8-0")
+    assert alone.environment["mesh"] == {"data": 1, "expert": 2, "tensor": 1}
+    (tmp_path / "runs").rename(tmp_path / "alone")
+    program = [sys.executable, "-m", "examples.deepseek.train", "--distributed", *mesh,
+               "--config", str(tmp_path / "smallest.json"), "--text", str(TEXT),
+               "--out", str(tmp_path / "runs")]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    launched = subprocess.run([sys.executable, "-m", "jax_fp8gemm", "launch", "--processes", "2", *program],
+                              cwd=ROOT, env=environment, timeout=600, capture_output=True, text=True)
+    assert launched.returncode == 0, launched.stderr
+    together = log.read(tmp_path / "runs/fp8-0")
+    assert together.environment["processes"] == 2
+    for name in ("step", "loss", "gradient_norm", "load", "dropped"):
+        np.testing.assert_array_equal(together.column(name), alone.column(name))
+    assert [step.get("digest") for step in together.steps] == [step.get("digest") for step in alone.steps]
+    assert launched.stdout.count("fp8-0: 3 steps") == 1
+
+
+def test_a_clock_of_several_processes_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--distributed", "--minutes", "5")
+    assert "--minutes: expected one process, whose clock it is; give several" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_trained(command, capsys):

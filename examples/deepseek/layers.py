@@ -40,38 +40,49 @@ def rms_norm(x, weight):
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def rotate(x, theta):
-    """Rotary positions: x [B, S, H, R] with features i and i + R/2 turned by position * theta^(-2i/R)."""
+def rotate(x, theta, positions=None):
+    """Rotary positions: x [B, S, H, R] with features i and i + R/2 turned by position * theta^(-2i/R).
+
+    positions are [B, S], by default 0 to S - 1.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies  # [S, 1, R/2]
+    positions = jnp.arange(x.shape[1]) if positions is None else positions
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [*, S, 1, R/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
 def attention(params, x, config: Config, ops: Ops):
-    """Multi-head latent attention: x [B, S, D] -> [B, S, D].
+    """Multi-head latent attention: x [B, S, D] -> [B, S, D], and what a cache keeps: see `compress`.
 
-    Queries come from one compressed vector of a token, keys and values from another. Positions are in a part
-    of their own, `rope_dim` features that are rotated, and that all heads share in the keys. One GEMM makes
-    both compressed vectors and the shared keys.
+    Queries come from one compressed vector of a token, keys and values from another, the latent. Positions are
+    in a part of their own, `rope_dim` features that are rotated, and that all heads share in the keys.
     """
-    lead, heads = x.shape[:2], config.heads
+    q_nope, q_rope, latent, k_rope = compress(params, x, config, ops)
+    kv = _by_head(ops.dot(latent, params["kv_up"]), config)
+    k_nope, v = jnp.split(kv, [config.nope_dim], axis=-1)
+    shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.rope_dim))
+    q, k = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, shared], axis=-1)
+    out = causal_attention(q, k, v, config.attention)
+    return ops.dot(out.reshape(*x.shape[:2], -1), params["out"]), latent, k_rope
+
+
+def compress(params, x, config: Config, ops: Ops, positions=None):
+    """x [B, S, D] -> queries [B, S, H, nope and R], and what keys and values are made of: the latent and the
+    rotated keys, [B, S, C] and [B, S, R]. One GEMM makes all that is compressed."""
     compressed = ops.dot(x, params["compress"])
     q, kv, k_rope = jnp.split(compressed, [config.q_rank, config.q_rank + config.kv_rank], axis=-1)
-
-    q = ops.dot(rms_norm(q, params["q_norm"]), params["q_up"]).reshape(*lead, heads, config.qk_dim)
+    q = _by_head(ops.dot(rms_norm(q, params["q_norm"]), params["q_up"]), config)
     q_nope, q_rope = jnp.split(q, [config.nope_dim], axis=-1)
-    q = jnp.concatenate([q_nope, rotate(q_rope, config.rope_theta)], axis=-1)
+    q_rope = rotate(q_rope, config.rope_theta, positions)
+    k_rope = rotate(k_rope[:, :, None], config.rope_theta, positions)[:, :, 0]
+    return q_nope, q_rope, rms_norm(kv, params["kv_norm"]), k_rope
 
-    kv = ops.dot(rms_norm(kv, params["kv_norm"]), params["kv_up"])
-    k_nope, v = jnp.split(kv.reshape(*lead, heads, -1), [config.nope_dim], axis=-1)
-    k_rope = rotate(k_rope[:, :, None], config.rope_theta)
-    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*lead, heads, config.rope_dim))], axis=-1)
 
-    out = causal_attention(q, k, v, config.attention)
-    return ops.dot(out.reshape(*lead, heads * config.v_dim), params["out"])
+def _by_head(x, config):
+    return x.reshape(*x.shape[:2], config.heads, -1)
 
 
 def causal_attention(q, k, v, implementation):

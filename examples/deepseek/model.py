@@ -102,7 +102,8 @@ def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_
 
     def attend(layer, x):
         normed = layers.rms_norm(x, layer["attention"]["norm"])
-        return x + layout.tokens(layers.attention(layer["attention"], normed, config, ops))
+        out, *_ = layers.attention(layer["attention"], normed, config, ops)
+        return x + layout.tokens(out)
 
     def dense_layer(x, layer):
         x = attend(layer, x)

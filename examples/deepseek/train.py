@@ -4,6 +4,12 @@
     python -m examples.deepseek.train --config small --precision bf16 fp8 --seed 0 1 2 --out runs/small
     python -m examples.deepseek.train --config small --precision fp8 --mesh data=2 expert=4   # eight devices
 
+One process for each device, on one host or on several:
+
+    python -m jax_fp8gemm launch --processes 8 python -m examples.deepseek.train --distributed --mesh expert=8
+    srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 \\
+        python -m examples.deepseek.train --distributed --mesh data=2 expert=8 --config small
+
 Runs are DIR/PRECISION-SEED, each with its log and its checkpoints. Those of one precision share a compiled
 step. A run resumes where its last checkpoint was, and goes on bit for bit as if it had not been interrupted.
 """
@@ -35,6 +41,7 @@ from examples.deepseek.data import Corpus, Sampler, read_corpus
 from examples.deepseek.mesh import ONE_DEVICE, Layout, check, make_mesh
 from examples.deepseek.precision import PRECISIONS, REFERENCE
 from examples.deepseek.step import TrainState, digest, init, train_step, validation_loss
+from jax_fp8gemm import check_hosts
 
 # A step of the first few is not timed: compilation, and the GPU's clock.
 UNTIMED_STEPS = 5
@@ -188,6 +195,32 @@ def summary(folder: pathlib.Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        config, corpus = configs.load(args.config, dict(args.set)), read_corpus(args.text)
+        if args.distributed and math.isfinite(args.minutes):
+            raise ValueError("--minutes: expected one process, whose clock it is; give several --steps")
+        deadline = time.monotonic() + 60 * args.minutes
+        limits = Limits(args.steps or config.steps, args.checkpoint_every, deadline)
+        _start(args, {"config": config, "steps": limits.steps, "text": corpus.digest()})
+        layout = Layout(make_mesh(**dict(args.mesh))) if args.mesh else ONE_DEVICE
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    if _writes_log():
+        print(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} for validation, "
+              f"{jax.devices()[0].device_kind}")
+    # Seeds outside: what is done when the time is up has both precisions of a seed.
+    for seed, precision in itertools.product(args.seed, args.precision):
+        folder = args.out / f"{precision}-{seed}"
+        if time.monotonic() < limits.deadline:
+            train(config, precision, seed, corpus, folder, limits, layout=layout, resume=args.resume)
+            if _writes_log():
+                print(summary(folder), flush=True)
+    return 0
+
+
+def _parser():
     parser = argparse.ArgumentParser(prog="python -m examples.deepseek.train",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="tiny", help=f"{', '.join(configs.PRESETS)}, or a JSON file")
@@ -207,28 +240,22 @@ def main(arguments: list[str] | None = None) -> int:
                         help="stop after this time, with a checkpoint to resume from")
     parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=_override,
                         help="sizes of the mesh axes data, expert and tensor; one device by default")
-    args = parser.parse_args(arguments)
-    try:
-        config = configs.load(args.config, dict(args.set))
-        layout = Layout(make_mesh(**dict(args.mesh))) if args.mesh else ONE_DEVICE
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    if jax.process_count() > 1 and math.isfinite(args.minutes):
-        parser.error("--minutes: expected one process, whose clock it is; give several --steps")
-    limits = Limits(args.steps or config.steps, args.checkpoint_every, time.monotonic() + 60 * args.minutes)
-    _prepare_xla(args.out)
-    corpus = read_corpus(args.text)
-    print(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} for validation, "
-          f"{jax.devices()[0].device_kind}")
-    # Seeds outside: what is done when the time is up has both precisions of a seed.
-    for seed, precision in itertools.product(args.seed, args.precision):
-        folder = args.out / f"{precision}-{seed}"
-        if time.monotonic() < limits.deadline:
-            train(config, precision, seed, corpus, folder, limits, layout=layout,
-                  resume=args.resume)
-            if _writes_log():
-                print(summary(folder), flush=True)
-    return 0
+    parser.add_argument("--distributed", action="store_true",
+                        help="one of several processes, which share --out and are started together")
+    return parser
+
+
+def _start(args, facts):
+    """Whatever has to come before the first device is asked for, and what makes runs repeat their bits."""
+    # Atomic additions come in any order: of them, XLA takes none.
+    flag = "--xla_gpu_exclude_nondeterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if args.distributed:
+        jax.distributed.initialize()
+        check_hosts(facts)
+    # XLA picks its GEMMs by timing them. A run that resumes finds the program that it began with.
+    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -237,16 +264,6 @@ def _override(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value  # a string
-
-
-def _prepare_xla(out):
-    """What makes two processes on a GPU compute the same bits."""
-    # Atomic additions come in any order: of them, XLA takes none.
-    flag = "--xla_gpu_exclude_nondeterministic_ops=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    # XLA picks its GEMMs by timing them. A run that resumes finds the program that it began with.
-    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
 
 if __name__ == "__main__":
