@@ -186,14 +186,17 @@ def moe_layer(rng, config):
     return params, jnp.zeros(config.experts), x
 
 
+def routed_experts(params, bias, x, config, layout):
+    run = partial(layers.routed_experts, config=config, ops=F32, layout=layout, apply=layers.apply_experts)
+    return jax.jit(run)(params, bias, x)
+
+
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)])
 def test_routed_experts_are_those_of_one_device(rng, sizes):
     params, bias, x = moe_layer(rng, TINY)
 
-    def run(layout):
-        return jax.jit(lambda x: layers.routed_experts(params, bias, x, TINY, F32, layout))(x)
-
-    (out, routing), (expected, of_one) = run(layout(*sizes)), run(mesh.ONE_DEVICE)
+    (out, routing), (expected, of_one) = (
+        routed_experts(params, bias, x, TINY, where) for where in (layout(*sizes), mesh.ONE_DEVICE))
     # Sums of 128 and 96 products, and of the two experts of a token, in another order.
     np.testing.assert_allclose(out, expected, atol=256 * U * float(jnp.abs(expected).max()))
     np.testing.assert_array_equal(routing.load, of_one.load)
@@ -209,8 +212,7 @@ def test_what_finds_no_room_is_left_out_and_counted(rng, count):
     # Four devices: half of the tokens travel. Two: all of them, for half of the rows that they make there.
     assert dispatch.room(tokens, 2, 4, count, 1.0) == {4: (64, 128 * 2), 2: (256, 256 * 2)}[count]
     short = dataclasses.replace(TINY, capacity_factor=1.0)
-    devices = layout(1, count, 1)
-    out, routing = jax.jit(lambda x: layers.routed_experts(params, bias, x, short, F32, devices))(x)
+    out, routing = routed_experts(params, bias, x, short, layout(1, count, 1))
 
     experts, weights = layers.route(x, params["router"], bias, TINY)
     np.testing.assert_array_equal(np.sort(experts, axis=1), np.tile([0, 1], (512, 1)))

@@ -45,12 +45,12 @@ def room(num_tokens: int, top_k: int, num_experts: int, num_devices: int, factor
       top_k: experts of a token.
       num_experts: of all devices.
       num_devices: that the experts are divided among.
-      factor: at least 1.
+      factor: at least 1; infinite where nothing may be left out.
     """
     mean = num_tokens * top_k / num_devices
-    tokens = min(num_tokens, math.ceil(factor * mean))
+    tokens = math.ceil(min(num_tokens, factor * mean))
     most = num_devices * tokens * min(top_k, num_experts // num_devices)
-    return Room(tokens, min(most, math.ceil(factor * num_tokens * top_k)))
+    return Room(tokens, math.ceil(min(most, factor * num_tokens * top_k)))
 
 
 def plan(experts: jax.Array, num_experts: int, num_devices: int, room: Room) -> Rows:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.deepseek import dispatch
 from examples.deepseek.config import Config
-from examples.deepseek.mesh import DATA, EXPERT, TENSOR, TOKENS, Layout, experts_specs
+from examples.deepseek.mesh import DATA, EXPERT, TENSOR, TOKENS, Layout
 from examples.deepseek.precision import Ops
 from examples.deepseek.rows import collect, sort_by_expert, spread
 
@@ -57,8 +57,8 @@ def rotate(x, theta, positions=None):
 def attention(params, x, config: Config, ops: Ops):
     """Multi-head latent attention: x [B, S, D] -> [B, S, D], and what a cache keeps: see `compress`.
 
-    Queries come from one compressed vector of a token, keys and values from another, the latent. Positions are
-    in a part of their own, `rope_dim` features that are rotated, and that all heads share in the keys.
+    Queries come from one compressed vector of a token, keys and values from another, the latent. Positions
+    are in a part of their own, `rope_dim` features that are rotated, and that all heads share in the keys.
     """
     q_nope, q_rope, latent, k_rope = compress(params, x, config, ops)
     kv = _by_head(ops.dot(latent, params["kv_up"]), config)
@@ -97,28 +97,33 @@ def dense_feed_forward(params, x, ops: Ops):
     return ops.feed_forward(x, params["gate_up"], params["down"])
 
 
-def mixture_of_experts(params, bias, x, config: Config, ops: Ops, layout: Layout):
+def mixture_of_experts(params, bias, x, config: Config, ops: Ops, layout: Layout, apply):
     """The shared expert and the routed ones: x [T, D] -> [T, D], and how the routing went."""
-    routed, routing = routed_experts(params, bias, x, config, ops, layout)
+    routed, routing = routed_experts(params, bias, x, config, ops, layout, apply)
     shared = ops.feed_forward(x, params["shared_gate_up"], params["shared_down"])
     return (routed + shared).astype(x.dtype), routing
 
 
-def routed_experts(params, bias, x, config: Config, ops: Ops, layout: Layout):
-    """x [T, D] -> the sum of its experts' results, each times its weight, [T, D] f32."""
+def routed_experts(params, bias, x, config: Config, ops: Ops, layout: Layout, apply):
+    """x [T, D] -> the sum of its experts' results, each times its weight, [T, D] f32.
+
+    apply: what a device computes, such as `apply_experts`.
+    """
     if layout.mesh is None:
         experts, weights = route(x, params["router"], bias, config)
-        gate_up, down = _as_matrices(params["experts_gate_up"]), params["experts_down"]
-        out, sizes = apply_experts(x, experts, weights, gate_up, down, ops)
+        gate_up, down = ops.expert_weights(params["experts_gate_up"], params["experts_down"])
+        out, sizes = apply(x, experts, weights, gate_up, down, ops)
         return out, Routing(sizes, jnp.int32(0))
     tokens = P(TOKENS)
-    return jax.shard_map(
-        partial(_routed_experts_of_device, config=config, ops=ops), mesh=layout.mesh,
-        in_specs=(tokens, P(), P(), *experts_specs()), out_specs=(tokens, P()))(
+    out, routing = jax.shard_map(
+        partial(_routed_experts_of_device, config=config, ops=ops, apply=apply), mesh=layout.mesh,
+        in_specs=(tokens, P(), P(), *ops.expert_specs), out_specs=(tokens, tokens))(
             x, bias, params["router"], params["experts_gate_up"], params["experts_down"])
+    # Added up here, where XLA leaves it out if nobody asks.
+    return out, jax.tree.map(lambda of_devices: of_devices.sum(0), routing)
 
 
-def _routed_experts_of_device(x, bias, router, gate_up, down, config, ops):
+def _routed_experts_of_device(x, bias, router, gate_up, down, config, ops, apply):
     """`routed_experts` of one device's tokens, with the other devices' help."""
     num_devices = lax.axis_size(EXPERT)
     room = dispatch.room(len(x), config.experts_per_token, config.experts, num_devices,
@@ -127,20 +132,15 @@ def _routed_experts_of_device(x, bias, router, gate_up, down, config, ops):
     rows = dispatch.plan(experts, config.experts, num_devices, room)
     tokens, weights, theirs = dispatch.send(ops, EXPERT, x, weights, experts, rows)
 
-    first = lax.axis_index(EXPERT) * len(down)
-    gate_up, down = ops.gathered(_as_matrices(gate_up), DATA, -2), ops.gathered(down, DATA, -1)
+    first = lax.axis_index(EXPERT) * down.shape[0]
+    gate_up, down = ops.expert_weights(gate_up, down, DATA)
     over_tensor = partial(lax.pcast, axis_name=TENSOR, to="varying")
-    out, sizes = apply_experts(over_tensor(tokens), theirs - first, over_tensor(weights), gate_up, down, ops,
-                               room.rows)
+    tokens, weights = jax.tree.map(over_tensor, (tokens, weights))
+    out, sizes = apply(tokens, theirs - first, weights, gate_up, down, ops, room.rows)
     out = dispatch.fetch(ops, EXPERT, out.astype(x.dtype), rows)
     load = jax.nn.one_hot(experts, config.experts, dtype=jnp.int32).sum((0, 1))
-    routing = Routing(load, jnp.int32(experts.size) - sizes.sum())
-    return lax.psum(out, TENSOR), jax.tree.map(lambda count: lax.psum(count, TOKENS), routing)
-
-
-def _as_matrices(gate_up):
-    """[E, D, 2, F] -> [E, D, 2F]: of the width F a device has the same part of gate and of up."""
-    return gate_up.reshape(*gate_up.shape[:2], -1)
+    routing = Routing(load[None], (experts.size - sizes.sum())[None])
+    return lax.psum(out, TENSOR), routing
 
 
 def apply_experts(x, experts, weights, gate_up, down, ops: Ops, capacity=None):

@@ -102,15 +102,20 @@ def check(config: Config, mesh: Mesh) -> None:
                              f"{' x '.join(axes)}, got {size}")
 
 
-def param_specs(shapes: Any) -> Any:
-    """The PartitionSpec of every parameter of `model.shapes`."""
+def param_specs(params: Any) -> Any:
+    """The PartitionSpec of every parameter, or of every shape of `model.shapes`."""
     def spec(path, _):
         name = path[-1].key
         if len(path) == 1:
             return _OUTSIDE_OF_LAYERS.get(name, P())
         return P(None, *_MATRICES.get(name, P()))
 
-    return jax.tree.map_with_path(spec, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map_with_path(spec, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def without_data(spec: P) -> P:
+    """Whole where it was divided over `data`."""
+    return P(*(None if axis == DATA else axis for axis in spec))
 
 
 def experts_specs() -> tuple[P, P]:

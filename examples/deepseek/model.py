@@ -100,29 +100,47 @@ def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_
     embedding = layout.constrain(params["embedding"].astype(ops.dtype), TENSOR)
     x = layout.tokens(jnp.dot(one_hot, embedding))
 
-    def attend(layer, x):
-        normed = layers.rms_norm(x, layer["attention"]["norm"])
-        out, *_ = layers.attention(layer["attention"], normed, config, ops)
-        return x + layout.tokens(out)
-
-    def dense_layer(x, layer):
-        x = attend(layer, x)
-        normed = layers.rms_norm(x, layer["feed_forward"]["norm"])
-        return x + layout.tokens(layers.dense_feed_forward(layer["feed_forward"], normed, ops)), None
-
-    def moe_layer(x, layer_and_bias):
-        layer, bias = layer_and_bias
-        x = attend(layer, x)
-        normed = layers.rms_norm(x, layer["feed_forward"]["norm"]).reshape(-1, config.hidden)
-        out, routing = layers.mixture_of_experts(layer["feed_forward"], bias, normed, config, ops, layout)
-        return x + layout.tokens(out.reshape(x.shape)), routing
+    def attend(layer, x, state):
+        out, *_ = layers.attention(layer, layers.rms_norm(x, layer["norm"]), config, ops)
+        return x + layout.tokens(out), state, None
 
     remat = partial(jax.checkpoint, policy=_KEEP) if config.remat else lambda layer: layer
-    x, _ = jax.lax.scan(remat(dense_layer), x, params["dense"])
-    x, routing = jax.lax.scan(remat(moe_layer), x, (params["moe"], bias))
+    x, _, _, routing = through_layers(params, bias, x, None, attend, config, ops, layout, remat)
     x = layers.rms_norm(x, params["norm"])
     head = layout.constrain(params["head"].astype(ops.dtype), None, TENSOR)
     return jnp.dot(x, head, preferred_element_type=jnp.float32), routing
+
+
+def through_layers(params, bias, x, state, attend, config: Config, ops: Ops, layout: Layout,
+                   wrap=lambda layer: layer, apply=layers.apply_experts):
+    """x [B, S, D] through all layers.
+
+    Args:
+      state: goes from layer to layer beside x.
+      attend: (a layer's attention, x, state) -> x, state, and what is kept of the layer.
+      wrap: of the function of one layer, such as `jax.checkpoint`.
+      apply: of `layers.routed_experts`.
+
+    Returns:
+      x, state, what was kept, stacked by layer, and the Routing of each layer with experts.
+    """
+    def dense_layer(carry, layer):
+        x, state, kept = attend(layer["attention"], *carry)
+        normed = layers.rms_norm(x, layer["feed_forward"]["norm"])
+        return (x + layout.tokens(layers.dense_feed_forward(layer["feed_forward"], normed, ops)), state), kept
+
+    def moe_layer(carry, layer_and_bias):
+        layer, bias = layer_and_bias
+        x, state, kept = attend(layer["attention"], *carry)
+        normed = layers.rms_norm(x, layer["feed_forward"]["norm"]).reshape(-1, config.hidden)
+        out, routing = layers.mixture_of_experts(
+            layer["feed_forward"], bias, normed, config, ops, layout, apply)
+        return (x + layout.tokens(out.reshape(x.shape)), state), (kept, routing)
+
+    carry, first = jax.lax.scan(wrap(dense_layer), (x, state), params["dense"])
+    (x, state), (last, routing) = jax.lax.scan(wrap(moe_layer), carry, (params["moe"], bias))
+    kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, last)
+    return x, state, kept, routing
 
 
 def loss(params, bias, sequences, config: Config, ops: Ops, layout: Layout = ONE_DEVICE):

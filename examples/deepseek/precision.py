@@ -14,8 +14,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from examples.deepseek.grouped import grouped_dot
+from examples.deepseek.mesh import experts_specs
 from jax_fp8gemm import PreparedWeight, autodiff, dequantize, prepare, quantize
 from jax_fp8gemm.scaling import SQUARE_BLOCKS
 
@@ -35,8 +37,9 @@ class Ops:
         with the weights of each row's group.
       pack: (x [T, D]) -> what travels between devices in its place, a tree of arrays with T in front.
       unpack: (that, dtype) -> [T, D].
-      gathered: (w [*, K, N], mesh axis, axis) -> the whole of a weight of which this device has a part of the
-        axis -1 or -2, as the products take it.
+      expert_weights: (experts_gate_up [E, D, 2, F], experts_down [E, F, D], mesh axis) -> as
+        `ragged_feed_forward` takes them. A mesh axis is one over which D is divided, to be gathered here.
+      expert_specs: how both lie on a mesh.
     """
 
     dtype: jnp.dtype
@@ -45,17 +48,18 @@ class Ops:
     ragged_feed_forward: Callable
     pack: Callable
     unpack: Callable
-    gathered: Callable
+    expert_weights: Callable
+    expert_specs: tuple[PartitionSpec, PartitionSpec]
 
 
 def ops(precision: str) -> Ops:
     if precision == "fp8":
         return Ops(jnp.dtype(jnp.bfloat16), autodiff.dot, autodiff.feed_forward, autodiff.ragged_feed_forward,
-                   quantize, dequantize, _gathered_in_fp8)
+                   quantize, dequantize, partial(_expert_weights, _gathered_in_fp8), experts_specs())
     if precision in ("bf16", REFERENCE):
         dtype = jnp.dtype(jnp.float32 if precision == REFERENCE else jnp.bfloat16)
         return Ops(dtype, _dot, _feed_forward, _ragged_feed_forward, lambda x: x, lambda x, _: x,
-                   partial(_gathered, dtype))
+                   partial(_expert_weights, partial(_gathered, dtype)), experts_specs())
     raise ValueError(f"precision: expected one of {', '.join((*PRECISIONS, REFERENCE))}, got {precision!r}")
 
 
@@ -64,18 +68,26 @@ def _dot(x, w):
 
 
 def _feed_forward(x, gate_up, down):
-    return _dot(_swiglu(_dot(x, gate_up)), down)
+    return _dot(swiglu(_dot(x, gate_up)), down)
 
 
 def _ragged_feed_forward(x, gate_up, down, group_sizes):
     gate_up, down = gate_up.astype(x.dtype), down.astype(x.dtype)
-    return grouped_dot(_swiglu(grouped_dot(x, gate_up, group_sizes)), down, group_sizes)
+    return grouped_dot(swiglu(grouped_dot(x, gate_up, group_sizes)), down, group_sizes)
 
 
-def _swiglu(gate_up):
+def swiglu(gate_up):
     """silu(gate) * up in f32, rounded once."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def _expert_weights(gather, gate_up, down, mesh_axis=None):
+    """Of the width F a device has the same part of gate and of up: [E, D, 2, F] becomes [E, D, 2F]."""
+    gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
+    if mesh_axis is None:
+        return gate_up, down
+    return gather(gate_up, mesh_axis, -2), gather(down, mesh_axis, -1)
 
 
 def _gathered(dtype, w, mesh_axis, axis):

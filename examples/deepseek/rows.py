@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_NONE = jnp.iinfo(jnp.int32).max
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["token", "row"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Rows:
 
 
 @jax.custom_vjp
-def spread(x: jax.Array, rows: Rows) -> jax.Array:
-    """x [T, D] -> [R, D]: each row's token, zeros where it has none."""
+def spread(x: Any, rows: Rows) -> Any:
+    """x [T, D] -> [R, D], or a tree of such arrays: each row's token, zeros where it has none."""
     return copies(x, rows)
 
 
@@ -42,10 +44,19 @@ def collect(y: jax.Array, rows: Rows) -> jax.Array:
     return y.at[rows.row].get(mode="fill", fill_value=0).astype(jnp.float32).sum(axis=1)
 
 
-spread.defvjp(lambda x, rows: (copies(x, rows), (rows, x[:0])),
-              lambda kept, dy: (collect(dy, kept[0]).astype(kept[1].dtype), None))
-collect.defvjp(lambda y, rows: (collect(y, rows), (rows, y[:0])),
-               lambda kept, d_out: (copies(d_out.astype(kept[1].dtype), kept[0]), None))
+def _spread_backward(kept, gradients):
+    rows, like = kept
+    return jax.tree.map(lambda dy, x: collect(dy, rows).astype(x.dtype), gradients, like), None
+
+
+def _collect_backward(kept, d_out):
+    rows, like = kept
+    return copies(d_out.astype(like.dtype), rows), None
+
+
+spread.defvjp(lambda x, rows: (copies(x, rows), (rows, jax.tree.map(lambda leaf: leaf[:0], x))),
+              _spread_backward)
+collect.defvjp(lambda y, rows: (collect(y, rows), (rows, y[:0])), _collect_backward)
 
 
 def copies(x: Any, rows: Rows, fill: int = 0) -> Any:
@@ -85,3 +96,25 @@ def sort_by_expert(experts: jax.Array, num_experts: int, capacity: int | None = 
     row = jnp.where(is_own.ravel(), jnp.minimum(position, capacity), capacity)
     return Sorted(Rows(slot // k, row.reshape(experts.shape)), Rows(slot, row[:, None]),
                   jnp.diff(ends, prepend=0))
+
+
+def in_blocks(by_expert: Sorted, capacity: int) -> Sorted:
+    """The same rows with `capacity` places for each expert, [E * capacity], of which it has the first ones.
+
+    There has to be room for each expert's rows.
+    """
+    sizes = by_expert.sizes
+    num_experts, ends = len(sizes), jnp.cumsum(sizes)
+    starts = ends - sizes
+    place = jnp.arange(capacity)
+    sorted_row = jnp.where(place < sizes[:, None], starts[:, None] + place, _NONE)
+
+    def moved(rows):
+        num_rows = len(rows.token)
+        expert = jnp.searchsorted(ends, rows.row, side="right", method="compare_all").astype(jnp.int32)
+        offset = rows.row - starts.at[expert].get(mode="clip")
+        row = jnp.where(rows.row < num_rows, expert * capacity + offset, num_experts * capacity)
+        token = rows.token.at[sorted_row.ravel()].get(mode="fill", fill_value=len(rows.row))
+        return Rows(token, row)
+
+    return Sorted(moved(by_expert.of_tokens), moved(by_expert.of_slots), sizes)

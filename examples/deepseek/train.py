@@ -224,7 +224,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m examples.deepseek.train",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="tiny", help=f"{', '.join(configs.PRESETS)}, or a JSON file")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", type=_override,
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", type=override,
                         help="fields of the configuration to replace, such as batch=8 attention=cudnn")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=(*PRECISIONS, REFERENCE))
     parser.add_argument("--seed", nargs="+", default=[0], type=int, help="of the parameters and of the data")
@@ -238,7 +238,7 @@ def _parser():
                         help="0 saves nothing but at the end of --minutes")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="stop after this time, with a checkpoint to resume from")
-    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=_override,
+    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=override,
                         help="sizes of the mesh axes data, expert and tensor; one device by default")
     parser.add_argument("--distributed", action="store_true",
                         help="one of several processes, which share --out and are started together")
@@ -258,7 +258,7 @@ def _start(args, facts):
         jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
 
 
-def _override(text: str) -> tuple[str, Any]:
+def override(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
