@@ -1,14 +1,15 @@
-"""One rank's part of a DeepSeek-V3 MoE layer with grouped FP8 GEMMs, against the same in bf16.
+"""A DeepSeek-V3 MoE layer with grouped FP8 GEMMs on the devices at hand, against the same in bf16.
 
     python examples/moe_layer.py
 
-    x [T, 7168] -> sum over a token's top 8 of 256 experts, of those on this rank, of
+    x [T, 7168] -> sum over a token's top 8 of 256 experts, of those that are here, of
                    weight * down(silu(gate(x)) * up(x))    gate, up [2048, 7168], down [7168, 2048]
 
-Experts are divided among 32 ranks, 8 to each. x holds the tokens of all ranks, gathered; adding up the ranks'
-results is left out here, and so are V3's shared expert, its bias of the scores and its limit of nodes.
+Experts are divided among 32 ranks, 8 to each, and every device here is one of them, from the first on. x
+holds the tokens of all ranks, gathered, and the results of the devices are added up. V3's shared expert, its
+bias of the scores and its limit of nodes are left out; `examples/deepseek` has the whole model.
 
-On a GPU the layer has V3's real sizes, and its time is shown beside that of `jax.lax.ragged_dot`; on a CPU it
+On GPUs the layer has V3's real sizes, and its time is shown beside that of `jax.lax.ragged_dot`; on a CPU it
 is smaller, and runs in plain jnp.
 """
 
@@ -18,13 +19,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from side_by_side import ON_GPU, compare, normal_matrix, swiglu
+from jax.sharding import PartitionSpec as P
+from side_by_side import MESH, ON_GPU, compare, normal_matrix, swiglu
 
 from jax_fp8gemm import ScaledArray, fp8_gemm_ragged_m, permute, quantize, quantize_swiglu, unpermute
 
 HIDDEN, INTERMEDIATE = (7168, 2048) if ON_GPU else (512, 256)
 EXPERTS, TOP_K, RANKS = 256, 8, 32
-LOCAL_EXPERTS = EXPERTS // RANKS  # this is rank 0: it has the experts below
+LOCAL_EXPERTS = EXPERTS // RANKS
+HERE = min(MESH.size, RANKS) * LOCAL_EXPERTS
 TOKENS = (32 * 128, 32 * 512) if ON_GPU else (256, 1024)  # of all ranks: decoding, prefill
 SCALING = 2.5  # of V3's routing weights
 WEIGHT_BLOCKS = (128, 128)
@@ -33,7 +36,7 @@ WEIGHT_BLOCKS = (128, 128)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """router [256, 7168]; of E local experts gate, then up, in one array, and down: [E, in, out] in bf16, as
+    """router [256, 7168]; of E experts gate, then up, in one array, and down: [E, in, out] in bf16, as
     `jax.lax.ragged_dot` takes them, or ScaledArrays [E, out, in]."""
 
     router: jax.Array
@@ -41,12 +44,14 @@ class Weights:
     down: jax.Array | ScaledArray
 
 
-@jax.jit
+SPECS = Weights(P(), gate_up=P("devices"), down=P("devices"))
+
+
 def init(key) -> Weights:
     router, gate_up, down = jax.random.split(key, 3)
     return Weights(normal_matrix(router, (EXPERTS, HIDDEN), HIDDEN),
-                   normal_matrix(gate_up, (LOCAL_EXPERTS, HIDDEN, 2 * INTERMEDIATE), HIDDEN),
-                   normal_matrix(down, (LOCAL_EXPERTS, INTERMEDIATE, HIDDEN), INTERMEDIATE))
+                   normal_matrix(gate_up, (HERE, HIDDEN, 2 * INTERMEDIATE), HIDDEN),
+                   normal_matrix(down, (HERE, INTERMEDIATE, HIDDEN), INTERMEDIATE))
 
 
 @jax.jit
@@ -56,10 +61,11 @@ def to_fp8(weights: Weights) -> Weights:
 
 
 def route(x, router):
-    """The experts of each token and their weights, [T, top 8] both."""
+    """The experts of each token, counted from this rank's first one, and their weights, [T, top 8] both."""
     scores = jax.nn.sigmoid(jnp.dot(x, router.T, preferred_element_type=jnp.float32))
     weights, experts = jax.lax.top_k(scores, TOP_K)
-    return experts, SCALING * weights / weights.sum(axis=1, keepdims=True)
+    first = LOCAL_EXPERTS * jax.lax.axis_index("devices")
+    return experts - first, SCALING * weights / weights.sum(axis=1, keepdims=True)
 
 
 def most_rows(num_tokens):
@@ -67,7 +73,16 @@ def most_rows(num_tokens):
     return 2 * num_tokens * TOP_K // RANKS
 
 
-@jax.jit
+def sum_of_ranks(rank):
+    """A layer on the mesh from one rank's part: the tokens, its experts -> [T, 7168]."""
+    def run(x, weights):
+        out = rank(x, weights).astype(jnp.float32)
+        return jax.lax.psum(out, "devices").astype(x.dtype)
+
+    return jax.jit(jax.shard_map(run, mesh=MESH, in_specs=(P(), SPECS), out_specs=P()))
+
+
+@sum_of_ranks
 def moe_fp8(x, weights: Weights):
     experts, routing_weights = route(x, weights.router)
     rows, group_sizes, positions = permute(x, experts, LOCAL_EXPERTS)  # drops the other ranks' experts
@@ -78,10 +93,12 @@ def moe_fp8(x, weights: Weights):
     return unpermute(y, positions, routing_weights)
 
 
-@jax.jit
+@sum_of_ranks
 def moe_bf16(x, weights: Weights):
     experts, routing_weights = (leaf.ravel() for leaf in route(x, weights.router))
-    slots = jnp.argsort(experts, stable=True)[:most_rows(len(x))]  # the other ranks' experts come last
+    is_here = (experts >= 0) & (experts < LOCAL_EXPERTS)
+    experts = jnp.where(is_here, experts, LOCAL_EXPERTS)  # the other ranks' come last
+    slots = jnp.argsort(experts, stable=True)[:most_rows(len(x))]
     group_sizes = jnp.bincount(experts, length=LOCAL_EXPERTS)
     tokens = slots // TOP_K
     gate, up = jnp.split(jax.lax.ragged_dot(x[tokens], weights.gate_up, group_sizes), 2, axis=1)
@@ -92,5 +109,5 @@ def moe_bf16(x, weights: Weights):
 
 if __name__ == "__main__":
     compare(f"DeepSeek-V3 MoE layer, hidden {HIDDEN}, intermediate {INTERMEDIATE}, "
-            f"{LOCAL_EXPERTS} of {EXPERTS} experts here", moe_fp8, moe_bf16, hidden=HIDDEN,
-            token_counts=TOKENS, draw_weights=init, to_fp8=to_fp8)
+            f"{HERE} of {EXPERTS} experts here", moe_fp8, moe_bf16, hidden=HIDDEN,
+            token_counts=TOKENS, draw_weights=init, specs=SPECS, to_fp8=to_fp8)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 ON_GPU = jax.default_backend() == "gpu"
+# All devices that there are, in one row.
+MESH = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 SAMPLES, CALLS_PER_SAMPLE = 10, 20
 
 
 def compare(title: str, fp8: Callable, bf16: Callable, *, hidden: int, token_counts: Sequence[int],
-            draw_weights: Callable, to_fp8: Callable) -> None:
-    """Prints the error of the FP8 layer and, on a GPU, the times of both, for several numbers of tokens.
+            draw_weights: Callable, specs: Any, to_fp8: Callable) -> None:
+    """Prints the error of the FP8 layer and, on GPUs, the times of both, for several numbers of tokens.
 
     Args:
       title: names the layer and its sizes.
@@ -25,9 +30,11 @@ def compare(title: str, fp8: Callable, bf16: Callable, *, hidden: int, token_cou
       hidden: columns of x.
       token_counts: the T to compare.
       draw_weights: key -> the weights of `bf16`.
+      specs: the PartitionSpecs of these on `MESH`; tokens are whole on every device.
       to_fp8: the weights of `bf16` -> those of `fp8`.
     """
-    print(f"{title}, on {jax.devices()[0].device_kind}")
+    print(f"{title}, on {MESH.size} x {jax.devices()[0].device_kind}")
+    draw_weights = jax.jit(draw_weights, out_shardings=jax.tree.map(partial(NamedSharding, MESH), specs))
     with tqdm(total=2 + len(token_counts), leave=False) as progress:
         def step(what: str, function: Callable, *args: Any) -> Any:
             progress.set_description(what)
@@ -46,6 +53,7 @@ def compare(title: str, fp8: Callable, bf16: Callable, *, hidden: int, token_cou
 
 def _row(count: int, hidden: int, *layers: tuple[Callable, Any]) -> str:
     x = jax.random.normal(jax.random.key(count), (count, hidden)).astype(jnp.bfloat16)
+    x = jax.device_put(x, NamedSharding(MESH, P()))
     row = f"{count:7d}   {relative_error(*(layer(x, weights) for layer, weights in layers)):18.2%}"
     if ON_GPU:
         fp8, bf16 = (seconds_per_call(layer, x, weights) for layer, weights in layers)
