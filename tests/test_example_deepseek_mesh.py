@@ -345,6 +345,13 @@ def test_what_cannot_be_divided_is_named(sizes, message):
         mesh.check(TINY, layout(*sizes).mesh)
 
 
+def test_several_processes_have_all_of_their_devices_in_the_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"mesh: expected all 8 devices of 2 processes, got data=2 expert=2 ten"):
+        mesh.make_mesh(2, 2, 1)
+    assert mesh.make_mesh(2, 2, 2).size == 8
+
+
 @pytest.mark.parametrize("sizes", [(3, 3, 1), (0, 1, 1)])
 def test_a_mesh_has_as_many_devices_as_there_are(sizes):
     with pytest.raises(ValueError, match=r"mesh: expected sizes of at least 1 and at most 8 devices"):

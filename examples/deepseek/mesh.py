@@ -79,9 +79,12 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
     most is nearest.
 
     Raises:
-      ValueError: there are not as many devices.
+      ValueError: there are not as many devices, or several processes would have some that are left over.
     """
     devices, sizes = list(devices or jax.devices()), (data, expert, tensor)
+    if jax.process_count() > 1 and math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh: expected all {len(devices)} devices of {jax.process_count()} processes, got "
+                         f"data={data} expert={expert} tensor={tensor}")
     if min(sizes) < 1 or math.prod(sizes) > len(devices):
         raise ValueError(f"mesh: expected sizes of at least 1 and at most {len(devices)} devices, got "
                          f"data={data} expert={expert} tensor={tensor}")
