@@ -13,8 +13,7 @@ from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.tile import warpgroup_tile
-from jax_fp8gemm.jit.toolchain import compile_source
-from sass import disassemble, resource_usage
+from sass import REGISTERS, assert_no_spills, compiled
 
 # N x K of DeepSeek-V3's layers, decoded (M 1, 64), in small batches and trained; and what else is awkward.
 DENSE = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
@@ -59,18 +58,14 @@ KERNELS = {gemm_source(*pair): pair for pair in [*CHOSEN, *FEATURES, *TUNED]}
 def test_kernel(source, tmp_path):
     problem, config = KERNELS[source]
     assert rejection(problem, config, H200) is None
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(source))
-    instructions = disassemble(path)
+    instructions, usage = compiled(source, tmp_path)
     _check_units(problem, config, {instruction.name.split(".")[0] for instruction in instructions})
     _check_multiplication(config, instructions)
     _check_promotion(problem, config, [each for each in instructions if each.is_a("FFMA")])
     assert any("MULTICAST" in each.name for each in instructions) == (config.cluster_m * config.cluster_n > 1)
-    usage = resource_usage(path)
-    assert usage["STACK"] == 0
-    assert not any(each.is_a("LDL", "STL") for each in instructions), "spills"
+    assert_no_spills(instructions, usage)
     # The launch bound shares 64K registers among all threads; setmaxnreg then moves them to the consumers.
-    assert usage["REG"] <= min(255, 65536 // (128 * (1 + config.num_consumers)) // 8 * 8)
+    assert usage["REG"] <= min(255, REGISTERS // (128 * (1 + config.num_consumers)) // 8 * 8)
 
 
 def _check_units(problem, config, opcodes):
