@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_fp8gemm import operation
+from jax_fp8gemm import moe_primitives, operation, quantize_primitives, quantize_training_primitives
 from jax_fp8gemm.jit import compiler
 from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.operation import HOPPER
@@ -48,7 +48,7 @@ def rng():
 
 @pytest.fixture
 def built(monkeypatch):
-    """The problems that were compiled, for a CUDA that is Hopper, with a stand-in for the compiler."""
+    """The GEMMs that were compiled, for a CUDA that is Hopper, with a stand-in for the compiler."""
     problems = []
 
     def build(problem):
@@ -57,5 +57,29 @@ def built(monkeypatch):
         return LaunchPlan(b"\x7fELF\x00", "fp8_gemm", (132, 1, 1), (2, 1, 1), 384, 200_000, buffers)
 
     monkeypatch.setattr(compiler, "build", build)
+    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
+    return problems
+
+
+PLANS = {
+    moe_primitives: ("plan_sort", "plan_permute"),
+    quantize_primitives: ("plan_quantize", "plan_quantize_transposed"),
+    quantize_training_primitives: (
+        "plan_quantize_both", "plan_quantize_weights", "plan_quantize_swiglu_backward"),
+}
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The problems of all other kernels, in the same way."""
+    problems = []
+
+    def plan(problem):
+        problems.append(problem)
+        return LaunchPlan(b"\x7fELF", "fp8_kernel", (9, 1, 1), (1, 1, 1), 256, 0, (Pointer(0), Pointer(1)))
+
+    for module, names in PLANS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, plan)
     monkeypatch.setattr(operation, "targets_hopper", lambda: True)
     return problems

@@ -1,4 +1,7 @@
-"""Programs lowered for CUDA, on any machine, as text. The fixture `built` (conftest.py) goes with them."""
+"""Programs lowered for CUDA, on any machine, as text.
+
+The fixtures `built` and `planned` (conftest.py) go with them.
+"""
 
 import jax
 
@@ -15,3 +18,8 @@ def lower_for_cuda(function, *args, **options):
 def call_line(text):
     line, = (line for line in text.splitlines() if CALL in line)
     return line
+
+
+def signatures(text):
+    """(operands) -> (results) of each custom call."""
+    return [line.split(" : ")[-1] for line in text.splitlines() if CALL in line]

@@ -11,48 +11,23 @@ from jax_fp8gemm import (
     export_checks,
     fp8_gemm_ragged_k,
     fp8_gemm_ragged_m,
-    moe_primitives,
-    operation,
     permute,
     quantize,
-    quantize_primitives,
     quantize_transposed,
     unpermute,
 )
 from jax_fp8gemm.jit import moe
 from jax_fp8gemm.jit.device import H200
-from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem
 from jax_fp8gemm.jit.problem import MAX_SIZE
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, plan_quantize_transposed
 from jax_fp8gemm.scaling import SQUARE_BLOCKS
-from lowering import CALL, lower_for_cuda
+from lowering import CALL, lower_for_cuda, signatures
 
 ROWS_FASTEST = "dense<[1, 2, 0]> : tensor<3xindex>"
 X, IDS = jnp.ones((12, 300), jnp.bfloat16), jnp.zeros((12, 2), jnp.int32)
 Y, WEIGHTS = jnp.ones((24, 300), jnp.bfloat16), jnp.ones((12, 2))
 SIZES = jnp.array([3, 5, 0], jnp.int32)
-
-
-@pytest.fixture
-def planned(monkeypatch):
-    """The problems that were planned, for a CUDA that is Hopper, with a stand-in for the compiler."""
-    problems = []
-
-    def plan(problem):
-        problems.append(problem)
-        return LaunchPlan(b"\x7fELF", "fp8_moe", (9, 1, 1), (1, 1, 1), 256, 0, (Pointer(0), Pointer(1)))
-
-    for name in ("plan_sort", "plan_permute"):
-        monkeypatch.setattr(moe_primitives, name, plan)
-    monkeypatch.setattr(quantize_primitives, "plan_quantize_transposed", plan)
-    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
-    return problems
-
-
-def signatures(text):
-    """(operands) -> (results) of each custom call."""
-    return [line.split(" : ")[-1] for line in text.splitlines() if CALL in line]
 
 
 def test_permute_is_two_calls(planned):

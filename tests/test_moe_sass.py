@@ -4,10 +4,7 @@ import pytest
 
 from jax_fp8gemm.jit.moe import PermuteProblem, SortProblem, permute_kernel, sort_kernel
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem, transpose_kernel
-from jax_fp8gemm.jit.toolchain import compile_source
-from sass import disassemble, resource_usage
-
-REGISTERS = 65536  # of a multiprocessor
+from sass import accesses, assert_loads_are_in_flight_together, assert_no_spills, assert_room_for, compiled
 
 # Each with CTAs that a multiprocessor has room for at least, and numbers of wide loads and stores. Rows that
 # begin anywhere allow none.
@@ -31,23 +28,14 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel(name, tmp_path):
     kernel, ctas, wide = KERNELS[name]
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(kernel.source()))
-    names = [instruction.name for instruction in disassemble(path)]
-    usage = resource_usage(path)
-    assert usage["STACK"] == 0
-    assert not any(name.startswith(("LDL", "STL")) for name in names), "spills"
-    assert -(-usage["REG"] // 8) * 8 * kernel.threads * ctas <= REGISTERS
-    for access, expected in wide.items():
-        opcode, width = access.split(".")
-        assert sum(name.startswith(opcode) and f".{width}" in name for name in names) == expected
+    instructions, usage = compiled(kernel.source(), tmp_path)
+    assert_no_spills(instructions, usage)
+    assert_room_for(ctas, kernel.threads, usage)
+    assert {access: len(accesses(instructions, access)) for access in wide} == wide
 
 
 @pytest.mark.parametrize("name", ["permute", "transpose"])
 def test_loads_are_in_flight_together(name, tmp_path):
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(KERNELS[name][0].source()))
-    names = [instruction.name for instruction in disassemble(path)]
-    loads = [i for i, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
-    waits = [i for i, name in enumerate(names) if name.startswith(("STG", "STS", "BAR", "FFMA", "F2FP"))]
-    assert not [i for i in waits if loads[0] < i < loads[-1]]
+    instructions, _ = compiled(KERNELS[name][0].source(), tmp_path)
+    assert accesses(instructions, "LDG.128")
+    assert_loads_are_in_flight_together(instructions)

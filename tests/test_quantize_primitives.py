@@ -11,44 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from jax_fp8gemm import (
     export_checks,
-    ffi,
     fp8_gemm,
     operation,
     quantize,
-    quantize_primitives,
     quantize_swiglu,
 )
-from jax_fp8gemm.jit.launch import LaunchPlan, Pointer
 from jax_fp8gemm.jit.problem import MASKED, MAX_SIZE, RAGGED_M
 from jax_fp8gemm.jit.quantize import QuantizeProblem, plan_quantize
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
+from lowering import CALL, call_line, lower_for_cuda
 
-CALL = f"stablehlo.custom_call @{ffi.TARGET}"
 SIZES = jnp.array([3, 5, 0], jnp.int32)
-
-
-@pytest.fixture
-def planned(monkeypatch):
-    """The problems that were planned, for a CUDA that is Hopper, with a stand-in for the compiler."""
-    problems = []
-
-    def plan(problem):
-        problems.append(problem)
-        return LaunchPlan(b"\x7fELF", "fp8_quantize", (9, 1, 1), (1, 1, 1), 256, 0, (Pointer(0), Pointer(1)))
-
-    monkeypatch.setattr(quantize_primitives, "plan_quantize", plan)
-    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
-    return problems
-
-
-def lower_for_cuda(function, *args):
-    fresh = jax.jit(lambda *args: function(*args))  # or JAX finds an earlier lowering
-    return fresh.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def call_line(text):
-    line, = (line for line in text.splitlines() if CALL in line)
-    return line
 
 
 def x(*shape, dtype=jnp.bfloat16):

@@ -7,8 +7,7 @@ import pytest
 from jax_fp8gemm.jit.device import H200
 from jax_fp8gemm.jit.problem import MASKED, RAGGED_M
 from jax_fp8gemm.jit.quantize import THREADS, QuantizeProblem, Tile, choose_tile, quantize_kernel
-from jax_fp8gemm.jit.toolchain import compile_source
-from sass import disassemble, resource_usage
+from sass import accesses, assert_no_spills, assert_room_for, compiled
 
 DTYPES = list(itertools.product(("bf16", "f16", "f32"), ("e4m3", "e5m2")))
 SHAPES = [(4096, 7168), (64, 7168), (3, 128), (300, 200), (300, 1021)]
@@ -26,29 +25,24 @@ KERNELS = {quantize_kernel(problem, tile).source(): (problem, tile)
 @pytest.mark.parametrize("source", KERNELS, ids=[f"{p}, {t}" for p, t in KERNELS.values()])
 def test_kernel(source, tmp_path):
     problem, tile = KERNELS[source]
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(source))
-    names = [instruction.name for instruction in disassemble(path)]
-    usage = resource_usage(path)
-    assert usage["STACK"] == 0
-    assert not any(name.startswith(("LDL", "STL")) for name in names), "spills"
+    instructions, usage = compiled(source, tmp_path)
+    assert_no_spills(instructions, usage)
     # Four CTAs on a multiprocessor keep some 100 KB in flight, two of those with f32 as much.
     heavy = problem.input_dtype == "f32" or problem.columns % 8
-    assert usage["REG"] <= 65536 // THREADS // (2 if heavy else 4)
+    assert_room_for(2 if heavy else 4, THREADS, usage)
     if problem.columns % 8 == 0:
-        _check_vectors(problem, tile, names)
+        _check_vectors(problem, tile, instructions)
     else:
-        assert not any(".128" in name for name in names if name.startswith(("LDG", "STG")))
+        assert not any(".128" in each.name for each in instructions if each.is_a("LDG", "LDGSTS", "STG"))
 
 
-def _check_vectors(problem, tile, names):
+def _check_vectors(problem, tile, instructions):
     """All of a thread's loads are of 16 bytes and come before its stores, of 8."""
-    loads = [i for i, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
-    stores = [i for i, name in enumerate(names) if name.startswith("STG") and ".64" in name]
+    loads, stores = accesses(instructions, "LDG.128"), accesses(instructions, "STG.64")
     chunks = tile.thread_rows * (2 if problem.swiglu else 1)
     assert len(loads) == chunks * (2 if problem.input_dtype == "f32" else 1)
     assert len(stores) == tile.thread_rows
-    assert not any(name.startswith("SHFL") for name in names[loads[0] : loads[-1]])
+    assert not any(each.is_a("SHFL") for each in instructions[loads[0] : loads[-1]])
     assert max(loads) < min(stores)
 
 

@@ -13,47 +13,23 @@ from jax_fp8gemm import (
     export_checks,
     fp8_gemm,
     fp8_gemm_ragged_k,
-    operation,
     quantize_both,
-    quantize_primitives,
     quantize_swiglu_backward,
-    quantize_training_primitives,
     quantize_weights,
 )
 from jax_fp8gemm.jit import quantize_training
-from jax_fp8gemm.jit.launch import LaunchPlan, Pointer, Scalar
+from jax_fp8gemm.jit.launch import Pointer, Scalar
 from jax_fp8gemm.jit.problem import MAX_SIZE
 from jax_fp8gemm.jit.quantize_training import TokensProblem, WeightsProblem
 from jax_fp8gemm.jit.quantize_transposed import TransposeProblem
-from lowering import CALL, call_line, lower_for_cuda
+from lowering import CALL, call_line, lower_for_cuda, signatures
 
 ROW_MAJOR, ROWS_FASTEST = (f"dense<[{order}]> : tensor<3xindex>" for order in ("2, 1, 0", "1, 2, 0"))
 SIZES = jnp.array([3, 5, 0], jnp.int32)
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """The problems that were planned, for a CUDA that is Hopper, with a stand-in for the compiler."""
-    problems = []
-
-    def plan(problem):
-        problems.append(problem)
-        return LaunchPlan(b"\x7fELF", "fp8_both", (9, 1, 1), (1, 1, 1), 256, 0, (Pointer(0), Pointer(1)))
-
-    for name in ("plan_quantize_both", "plan_quantize_weights", "plan_quantize_swiglu_backward"):
-        monkeypatch.setattr(quantize_training_primitives, name, plan)
-    monkeypatch.setattr(quantize_primitives, "plan_quantize_transposed", plan)
-    monkeypatch.setattr(operation, "targets_hopper", lambda: True)
-    return problems
-
-
 def x(*shape, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
-
-
-def signatures(text):
-    """(operands) -> (results) of each custom call."""
-    return [line.split(" : ")[-1] for line in text.splitlines() if CALL in line]
 
 
 def test_both_is_one_call_with_the_scales_where_the_gemms_want_them(planned):

@@ -13,10 +13,8 @@ from jax_fp8gemm.jit.quantize_training import (
     swiglu_backward_shared_bytes,
     weights_kernel,
 )
-from jax_fp8gemm.jit.toolchain import compile_source
-from sass import disassemble, resource_usage
+from sass import accesses, assert_loads_are_in_flight_together, assert_no_spills, assert_room_for, compiled
 
-REGISTERS = 65536  # of a multiprocessor
 DTYPES = {"bf16": "e4m3", "f16": "e5m2", "f32": "e4m3"}
 
 
@@ -57,19 +55,11 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel(name, tmp_path):
     kernel, ctas, wide = KERNELS[name]
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(kernel.source()))
-    names = [instruction.name for instruction in disassemble(path)]
-    usage = resource_usage(path)
-    assert usage["STACK"] == 0
-    assert not any(name.startswith(("LDL", "STL")) for name in names), "spills"
-    assert -(-usage["REG"] // 8) * 8 * kernel.threads * ctas <= REGISTERS
-    for access, expected in wide.items():
-        opcode, width = access.split(".")
-        assert sum(name.split(".")[0] == opcode and f".{width}" in name for name in names) == expected
-    loads = [i for i, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
-    waits = [i for i, name in enumerate(names) if name.startswith(("STG", "STS", "BAR", "FFMA", "F2FP"))]
-    assert not [i for i in waits if loads and loads[0] < i < loads[-1]]
+    instructions, usage = compiled(kernel.source(), tmp_path)
+    assert_no_spills(instructions, usage)
+    assert_room_for(ctas, kernel.threads, usage)
+    assert {access: len(accesses(instructions, access)) for access in wide} == wide
+    assert_loads_are_in_flight_together(instructions)
 
 
 @pytest.mark.parametrize(("dtype", "ctas"), [("bf16", 2), ("f16", 2), ("f32", 1)])

@@ -13,8 +13,7 @@ from jax_fp8gemm.jit.legal import rejection
 from jax_fp8gemm.jit.problem import GemmProblem
 from jax_fp8gemm.jit.source import gemm_source
 from jax_fp8gemm.jit.tile import warpgroup_tile
-from jax_fp8gemm.jit.toolchain import compile_source
-from sass import disassemble, resource_usage
+from sass import REGISTERS, assert_no_spills, compiled
 
 # N x K of DeepSeek-V3's layers, decoded (M 1, 64), in small batches and trained; and what else is awkward.
 DENSE = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
@@ -59,18 +58,14 @@ KERNELS = {gemm_source(*pair): pair for pair in [*CHOSEN, *FEATURES, *TUNED]}
 def test_kernel(source, tmp_path):
     problem, config = KERNELS[source]
     assert rejection(problem, config, H200) is None
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(compile_source(source))
-    instructions = disassemble(path)
+    instructions, usage = compiled(source, tmp_path)
     _check_units(problem, config, {instruction.name.split(".")[0] for instruction in instructions})
     _check_multiplication(config, instructions)
-    _check_promotion(problem, config, [each for each in instructions if each.is_a("FFMA")])
+    _check_promotion(problem, config, instructions)
     assert any("MULTICAST" in each.name for each in instructions) == (config.cluster_m * config.cluster_n > 1)
-    usage = resource_usage(path)
-    assert usage["STACK"] == 0
-    assert not any(each.is_a("LDL", "STL") for each in instructions), "spills"
+    assert_no_spills(instructions, usage)
     # The launch bound shares 64K registers among all threads; setmaxnreg then moves them to the consumers.
-    assert usage["REG"] <= min(255, 65536 // (128 * (1 + config.num_consumers)) // 8 * 8)
+    assert usage["REG"] <= min(255, REGISTERS // (128 * (1 + config.num_consumers)) // 8 * 8)
 
 
 def _check_units(problem, config, opcodes):
@@ -99,15 +94,18 @@ def _check_multiplication(config, instructions):
     assert all(loop.count("r") <= loop.count("a") for loop in loops), kinds
 
 
-def _check_promotion(problem, config, promotions):
+def _check_promotion(problem, config, instructions):
     """Each sum of the tile has one FMA in each copy of the loop body, and one for its scales where both sides
     have them by row; every other one yields.
 
     Without the yields the kernel is 35 % slower where consumers share the tensor cores
-    (docs/notes/dense-gemm.md). The compiler leaves them out where there is one consumer, and alternates less
-    regularly where products that are no FMAs come in between (swap-AB), and in the short loops of split-K,
-    which the tensor cores do not bound.
+    (docs/notes/dense-gemm.md). So where one in 25 of the FMAs that follow each other directly breaks the
+    alternation, it is 1.4 % slower at the most, if each costs the same. What stands between two FMAs, such as
+    reads of the columns' scales, takes a turn of its own: those pairs do not count. The compiler leaves the
+    yields out where there is one consumer, and alternates less regularly where products that are no FMAs come
+    in between (swap-AB), and in the short loops of split-K, which the tensor cores do not bound.
     """
+    promotions = [each for each in instructions if each.is_a("FFMA")]
     p, q = warpgroup_tile(config)
     fmas = p // 64 * (q // 2) * (2 if problem.rhs_scale_rows == 1 else 1)
     assert promotions
@@ -117,7 +115,8 @@ def _check_promotion(problem, config, promotions):
     yields = [promotion.yields for promotion in promotions]
     assert any(yields)
     if not config.swap_ab and config.split_k == 1:
-        alike = sum(a == b for a, b in itertools.pairwise(yields))
+        alike = [a.yields == b.yields for a, b in itertools.pairwise(instructions)
+                 if a.is_a("FFMA") and b.is_a("FFMA")]
         assert 0.4 <= sum(yields) / len(yields) <= 0.6
-        # Reads of the columns' scales stand between FMAs where these have one each.
-        assert alike <= (0.2 if problem.rhs_scale_rows == 1 else 0.15) * len(yields)
+        assert len(alike) >= 0.8 * len(yields)
+        assert sum(alike) <= len(alike) / 25

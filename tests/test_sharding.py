@@ -162,11 +162,7 @@ def expected(name):
     return run_alone(CASES[name].call, *CASES[name].operands)
 
 
-# XLA of jaxlib 0.10.2 does not finish compiling this case where it partitions it itself; newer ones do.
-NEVER_COMPILED = {"ragged M, G and K"} if jax.__version_info__ < (0, 11) else set()
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NEVER_COMPILED])
+@pytest.mark.parametrize("name", CASES)
 def test_auto(name):
     case = CASES[name]
     options = {} if case.out is None else {"out_shardings": NamedSharding(AUTO, case.out)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import source_info_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_fp8gemm.mesh import shard
@@ -87,8 +89,29 @@ def _partition(static, _, operands, results):
         raise NotImplementedError(f"{call.name}: {reason}")
     plan = make_plan(call.rule, mesh.shape, [x.shape for x in arrays], specs)
     named = lambda specs: [NamedSharding(mesh, spec) for spec in specs]
-    run_shard = partial(shard.run, call, plan, mesh.shape)
+    run_shard = partial(_run_without_frames, partial(shard.run, call, plan, mesh.shape))
     return mesh, run_shard, named(plan.results), tuple(named(plan.operands))
+
+
+def _run_without_frames(function, *operands):
+    """`function`, traced such that no instruction names the stack frames it comes from.
+
+    NOTES: what a device runs is lowered as a module of its own, with a table of stack frames. XLA inlines the
+    instructions without that table: the numbers of their frames then mean others of the program's table, or
+    lie past its end. Where XLA goes on to inline loops and calls, it appends frames whose parent is such a
+    number. Once the table has grown past that, the parent descends from its own child, and XLA of jaxlib
+    0.10.2 follows parents for ever (StackFrames::IsPrefix): whether it finishes depends on how deep in
+    Python's stack the program is traced. Without frames of their own, instructions take those of the call.
+    """
+    with source_info_util.user_context(_no_frames()):
+        return function(*operands)
+
+
+@cache
+def _no_frames():
+    """A traceback without frames that XLA is told about: a new thread has those of JAX and Python alone."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(source_info_util.current).result().traceback
 
 
 def _spec(x, mesh):
