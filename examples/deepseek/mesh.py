@@ -1,10 +1,11 @@
 """How the model lies on devices: a mesh of the axes data, expert and tensor.
 
-| axis   | divides                                                                              |
-|--------|--------------------------------------------------------------------------------------|
-| data   | sequences; and every matrix, with its optimizer state, along the residual width (FSDP) |
-| expert | sequences, too; and the routed experts                                               |
-| tensor | heads, and the width of every feed-forward layer; its devices have the same tokens   |
+| axis   | divides                                                                               |
+|--------|---------------------------------------------------------------------------------------|
+| data   | sequences; and every matrix, with its optimizer state: along the residual width or,   |
+|        | where it has none, along its output (FSDP)                                            |
+| expert | sequences, too; and the routed experts                                                |
+| tensor | heads, and the width of every feed-forward layer; its devices have the same tokens    |
 
 What is dense is left to XLA, which follows the shardings of the parameters and those that `Layout.tokens`
 asks for. The routed experts are a `jax.shard_map` (`layers.routed_experts`).
@@ -31,8 +32,8 @@ TOKENS = (DATA, EXPERT)  # the axes that tokens are divided over
 # Of one layer; those of a kind are stacked, with an axis in front that is whole.
 _MATRICES = {
     "compress": P(DATA, None),
-    "q_up": P(None, TENSOR),
-    "kv_up": P(None, TENSOR),
+    "q_up": P(None, (TENSOR, DATA)),
+    "kv_up": P(None, (TENSOR, DATA)),
     "out": P(TENSOR, DATA),
     "gate_up": P(DATA, TENSOR),
     "down": P(TENSOR, DATA),
@@ -96,6 +97,8 @@ def check(config: Config, mesh: Mesh) -> None:
     for name, size, axes in (
             ("batch", config.batch, TOKENS), ("experts", config.experts, (EXPERT,)),
             ("hidden", config.hidden, (DATA,)), ("heads", config.heads, (TENSOR,)),
+            ("heads * (nope_dim + rope_dim)", config.heads * config.qk_dim, (TENSOR, DATA)),
+            ("heads * (nope_dim + v_dim)", config.heads * (config.nope_dim + config.v_dim), (TENSOR, DATA)),
             ("dense_intermediate", config.dense_intermediate, (TENSOR,)),
             ("expert_intermediate", config.expert_intermediate, (TENSOR,)),
             ("vocabulary", config.vocabulary, (TENSOR,))):
