@@ -13,7 +13,7 @@ import optax
 
 from examples.deepseek import dispatch, grouped, layers
 from examples.deepseek.config import Config
-from examples.deepseek.mesh import ONE_DEVICE, TENSOR, Layout
+from examples.deepseek.mesh import DATA, ONE_DEVICE, TENSOR, Layout
 from examples.deepseek.precision import Ops
 from jax_fp8gemm import save_gemms
 
@@ -97,7 +97,9 @@ def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_
     # The lookup is a product with one-hot rows: its gradient is a GEMM, and so the same in every run; that of
     # a gather would add rows up in the order in which they come.
     one_hot = jax.nn.one_hot(layout.tokens(tokens), config.vocabulary, dtype=ops.dtype)
-    embedding = layout.constrain(params["embedding"].astype(ops.dtype), TENSOR)
+    # In parts once more, and then gathered: XLA would gather f32 first and round it after that.
+    embedding = layout.constrain(params["embedding"].astype(ops.dtype), TENSOR, DATA)
+    embedding = layout.constrain(embedding, TENSOR)
     x = layout.tokens(jnp.dot(one_hot, embedding))
 
     def attend(layer, x, state):
@@ -107,7 +109,8 @@ def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_
     remat = partial(jax.checkpoint, policy=_KEEP) if config.remat else lambda layer: layer
     x, _, _, routing = through_layers(params, bias, x, None, attend, config, ops, layout, remat)
     x = layers.rms_norm(x, params["norm"])
-    head = layout.constrain(params["head"].astype(ops.dtype), None, TENSOR)
+    head = layout.constrain(params["head"].astype(ops.dtype), DATA, TENSOR)
+    head = layout.constrain(head, None, TENSOR)
     return jnp.dot(x, head, preferred_element_type=jnp.float32), routing
 
 
