@@ -62,13 +62,13 @@ def verdict(found: dict[str, Any]) -> str:
     return f"FP8's smoothed loss {stays} {found['limit']:.2%} of bf16's for every seed."
 
 
-def insert(page: str, text: str) -> str:
+def insert(page: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
     """The page with `text` in place of what stood between the markers.
 
     Raises:
       ValueError: the page does not have each marker once, in order.
     """
-    first, last = MARKERS
+    first, last = markers
     start, end = page.find(first), page.find(last)
     if not 0 <= start < end or page.count(first) != 1 or page.count(last) != 1:
         raise ValueError(f"page: expected one {first} followed by one {last}")
