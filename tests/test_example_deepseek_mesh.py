@@ -1,10 +1,6 @@
 """The model of examples/deepseek on meshes: what travels, what is computed, which collectives XLA makes."""
 
-import collections
 import dataclasses
-import itertools
-import math
-import re
 from functools import partial
 
 import jax
@@ -14,7 +10,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples.deepseek import config, dispatch, layers, mesh, model, precision, rows, step
-from jax_fp8gemm.mesh.plan import axes_of
 from meshes import collectives as collectives_of
 
 TINY = dataclasses.replace(config.load("tiny"), batch=8)
@@ -291,32 +286,6 @@ def test_tokens_travel_four_times_in_a_layer_of_experts(name):
     compiled = compiled_step(TINY, name, layout(1, 4, 1))
     assert collectives_of(compiled)["all-to-all"] == 4
     assert "collective-permute" not in collectives_of(compiled)
-
-
-def test_weights_are_gathered_as_fp8_and_activations_never():
-    """Each in one order for the forward pass and in the other for the backward pass: a byte each way.
-
-    XLA of a CPU writes FP8 as f16, and bf16 as f32.
-    """
-    config, shapes = BLOCKS, model.shapes(BLOCKS)
-    specs = mesh.param_specs(shapes)
-    expected = collections.Counter()
-    for kind, block in itertools.product(("dense", "moe"), ("attention", "feed_forward")):
-        for name, (_, *shape) in shapes[kind][block].items():
-            if any("data" in axes_of(entry) for entry in specs[kind][block][name]):
-                if name == "experts_gate_up":
-                    shape[2:] = [2 * shape[3]]
-                matrices, rows, columns = shape if len(shape) == 3 else (1, *shape)
-                expected["f16", (matrices, rows, columns)] += 1
-                expected["f16", (matrices, columns, rows)] += 1
-    expected["f32", (config.vocabulary, config.hidden)] += 1
-    expected["f32", (config.hidden, config.vocabulary)] += 1
-
-    text = compiled_step(config, "fp8", layout(2, 1, 1)).as_text()
-    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
-    gathered = collections.Counter((dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found)
-    is_scales = lambda key: key[0] == "f32" and math.prod(key[1]) <= config.experts * 4 * 2
-    assert {key: count for key, count in gathered.items() if not is_scales(key)} == expected
 
 
 def test_a_step_leaves_the_state_where_it_was(sequences):

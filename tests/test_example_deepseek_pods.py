@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from examples.deepseek import config
-from examples.deepseek.pods import collectives, compiled, expected, page, predict
+from examples.deepseek.pods import __main__, collectives, compiled, expected, page, predict
 from examples.deepseek.pods.collectives import Found, Traffic
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -16,8 +16,8 @@ REPORT = json.loads((DOCS / "pods.json").read_text())
 V3 = page.pod_config(8, 64)
 # Whole blocks of 128 on each device, of tokens, too; loops of more than one layer.
 BLOCKS = dataclasses.replace(
-    config.load("tiny"), sequence=128, batch=8, hidden=256, dense_layers=2, moe_layers=3, expert_intermediate=256,
-    dense_intermediate=256, nope_dim=112, rope_dim=16, experts=8)
+    config.load("tiny"), sequence=128, batch=8, hidden=256, dense_layers=2, moe_layers=3, experts=8,
+    expert_intermediate=256, dense_intermediate=256, nope_dim=112, rope_dim=16)
 
 
 # ---- XLA's text
@@ -241,6 +241,16 @@ def test_the_page_is_that_of_the_report():
     shown = (DOCS / "pods.md").read_text()
     start, end = (shown.index(marker) for marker in page.MARKERS)
     assert shown[start + len(page.MARKERS[0]) + 1 : end] == page.tables(REPORT, predict.read_rates())
+
+
+def test_the_page_is_written_from_the_report_alone(tmp_path):
+    (tmp_path / "pods.json").write_text(json.dumps(REPORT))
+    (tmp_path / "pods.md").write_text("before\n" + "\n".join(page.MARKERS) + "\nafter\n")
+    assert __main__.main(["--page-only", "--out", str(tmp_path)]) == 0
+    first, last = page.MARKERS
+    tables = page.tables(REPORT, predict.read_rates())
+    assert (tmp_path / "pods.md").read_text() == f"before\n{first}\n{tables}{last}\nafter\n"
+    assert (tmp_path / "pods.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figure_has_a_bar_for_each_mesh_and_kind():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from examples.deepseek.config import Config
 from examples.deepseek.pods.collectives import ITEM_BYTES, Traffic
@@ -65,22 +66,31 @@ def expert_rows(c: Config, tokens: int, expert: int) -> int:
                math.ceil(c.capacity_factor * tokens * c.experts_per_token))
 
 
+def packed_bytes(c):
+    """A token in FP8: a byte a feature, and a scale for each 128 of them."""
+    return c.hidden + ITEM_BYTES[F32] * math.ceil(c.hidden / BLOCK)
+
+
 def traffic(c: Config, data: int, expert: int) -> dict[str, list[Traffic]]:
     """The collectives of a step, by what they are for."""
+    exchange = partial(_exchange, c, data, expert)
+    # Experts and weights go with the tokens; the weights' gradients come back with those of the tokens.
+    packed, exact = packed_bytes(c), ITEM_BYTES[BF16] * c.hidden
+    numbers = ITEM_BYTES[F32] * c.experts_per_token
+    table = c.vocabulary * c.hidden
     purposes = {
-        "weights, FP8": [*_gathered_weights(c, data, expert)],
-        "embedding and head, bf16": [("all-gather", BF16, c.vocabulary * c.hidden, ("data",), 1)] * 2,
-        "tokens to experts, FP8": [*_exchanged(c, data, expert, packed_bytes(c))],
-        SUMS: [*_exchanged(c, data, expert, 2 * c.hidden)],
+        "weights, FP8": [*_gathered_weights(c, expert)],
+        "embedding and head, bf16": [("all-gather", BF16, table, ("data",), 1)] * 2,
+        "tokens to experts, FP8": [exchange(packed + 2 * numbers), exchange(packed)],
+        SUMS: [exchange(exact), exchange(exact + numbers)],
         "gradients of matrices, f32": [*_reduced_gradients(c, data, expert)],
-        "gradients of embedding and head": [
-            ("all-reduce", F32, c.vocabulary * c.hidden, ("data", "expert"), 1),
-            ("all-reduce", BF16, c.vocabulary * c.hidden, ("data", "expert"), 1)],
+        "gradients of embedding and head": [("all-reduce", F32, table, ("data", "expert"), 1),
+                                            ("all-reduce", BF16, table, ("data", "expert"), 1)],
         "gradients of norms and routers": [*_small_gradients(c)],
         "numbers": [*_numbers(c)],
     }
     sizes = {"data": data, "expert": expert}
-    return {purpose: [_on(sizes, *each) for each in wanted if _on(sizes, *each).devices > 1]
+    return {purpose: [found for each in wanted if (found := _on(sizes, *each)).devices > 1]
             for purpose, wanted in purposes.items()}
 
 
@@ -90,6 +100,11 @@ def _on(sizes, kind, dtype, elements, axes, times):
     return Traffic(kind, dtype, elements, axes, math.prod(sizes[axis] for axis in axes), times)
 
 
+def _exchange(c, data, expert, row_bytes):
+    rows = message_rows(c, device_tokens(c, data, expert), expert)
+    return "all-to-all", U32, rows * row_bytes // ITEM_BYTES[U32], ("expert",), c.moe_layers
+
+
 def _of_layers(c) -> Iterator[tuple[int, int, int]]:
     """(layers, in, out) of each matrix of `matrices`."""
     for kind, of_layer in matrices(c).items():
@@ -97,7 +112,7 @@ def _of_layers(c) -> Iterator[tuple[int, int, int]]:
             yield layer_counts(c)[kind], *shape
 
 
-def _gathered_weights(c, data, expert):
+def _gathered_weights(c, expert):
     """Each twice: one order of axes for the forward pass, the other for the backward pass."""
     experts = c.experts // expert
     wanted = [(1, *each) for each in _of_layers(c)]
@@ -107,22 +122,6 @@ def _gathered_weights(c, data, expert):
         scales = count * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
         yield from [("all-gather", F8, values, ("data",), layers),
                     ("all-gather", F32, scales, ("data",), layers)] * 2
-
-
-def packed_bytes(c):
-    """A token in FP8: a byte a feature, and a scale for each 128 of them."""
-    return c.hidden + ITEM_BYTES[F32] * math.ceil(c.hidden / BLOCK)
-
-
-def _exchanged(c, data, expert, token_bytes):
-    """There and, as gradients, back, or the reverse. With features travel a token's experts and weights."""
-    rows = message_rows(c, device_tokens(c, data, expert), expert)
-    number = ITEM_BYTES[S32] * c.experts_per_token
-    is_packed = token_bytes == packed_bytes(c)
-    # Experts and weights go with the tokens; the weights' gradients come back with those of the tokens.
-    for numbers in ((2, 0) if is_packed else (0, 1)):
-        words = (token_bytes + numbers * number) // ITEM_BYTES[U32]
-        yield "all-to-all", U32, rows * words, ("expert",), c.moe_layers
 
 
 def _reduced_gradients(c, data, expert):
