@@ -323,6 +323,13 @@ def test_several_processes_have_all_of_their_devices_in_the_mesh(monkeypatch):
     assert mesh.make_mesh(2, 2, 2).size == 8
 
 
+def test_an_up_projection_that_cannot_be_divided_over_data_is_named():
+    odd = dataclasses.replace(TINY, nope_dim=15)
+    message = r"heads \* \(nope_dim \+ rope_dim\): expected a multiple of 8, .* tensor x data, got 46"
+    with pytest.raises(ValueError, match=message):
+        mesh.check(odd, layout(8, 1, 1).mesh)
+
+
 @pytest.mark.parametrize("sizes", [(3, 3, 1), (0, 1, 1)])
 def test_a_mesh_has_as_many_devices_as_there_are(sizes):
     with pytest.raises(ValueError, match=r"mesh: expected sizes of at least 1 and at most 8 devices"):
