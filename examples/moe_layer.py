@@ -27,7 +27,7 @@ from jax_fp8gemm import ScaledArray, fp8_gemm_ragged_m, permute, quantize, quant
 HIDDEN, INTERMEDIATE = (7168, 2048) if ON_GPU else (512, 256)
 EXPERTS, TOP_K, RANKS = 256, 8, 32
 LOCAL_EXPERTS = EXPERTS // RANKS
-HERE = min(MESH.size, RANKS) * LOCAL_EXPERTS
+HERE = MESH.size * LOCAL_EXPERTS
 TOKENS = (32 * 128, 32 * 512) if ON_GPU else (256, 1024)  # of all ranks: decoding, prefill
 SCALING = 2.5  # of V3's routing weights
 WEIGHT_BLOCKS = (128, 128)

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 ON_GPU = jax.default_backend() == "gpu"
-# All devices that there are, in one row.
-MESH = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+# The devices that there are, in one row: as many as a power of two, which divides the layers' sizes.
+_COUNT = 1 << min(jax.device_count(), 32).bit_length() - 1
+MESH = jax.make_mesh((_COUNT,), ("devices",), devices=jax.devices()[:_COUNT],
+                     axis_types=(jax.sharding.AxisType.Auto,))
 SAMPLES, CALLS_PER_SAMPLE = 10, 20
 
 

@@ -137,9 +137,16 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             return 0
         time.sleep(_POLL_S)
     code = codes[failed]
-    reason = f"status {code}" if code > 0 else signal.Signals(-code).name
+    reason = f"status {code}" if code > 0 else _signal_name(-code)
     print(f"jax_fp8gemm: process {failed} ended with {reason}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _end(processes: list[subprocess.Popen]) -> None:

@@ -140,6 +140,11 @@ def test_the_command_line_continues_prompts(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "abcde\033[1mfghabcdefgha\033[0m" in printed
     assert "fghabcd\033[1mefghabcdefgh\033[0m" in printed
-    with pytest.raises(SystemExit):
-        generate.main([str(tmp_path / "bf16-0")])
-    assert "No such file" in capsys.readouterr().err
+    for arguments, message in (
+            ([str(tmp_path / "bf16-0")], "No such file"),
+            ([str(tmp_path / "fp8-0"), "--prompt", "a", ""], "--prompt: expected at least one character"),
+            ([str(tmp_path / "fp8-0"), "--tokens", "0"], "--tokens: expected a whole number of at least 1"),
+            ([str(tmp_path / "fp8-0"), "--mesh", "data=2", "--prompt", "a"], "expected a multiple of 2")):
+        with pytest.raises(SystemExit):
+            generate.main(arguments)
+        assert message in capsys.readouterr().err

@@ -37,6 +37,7 @@ def command(tmp_path, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     yield run
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", False)
 
 
 def test_the_command_line_trains_interrupts_and_resumes(command, capsys, tmp_path):
@@ -70,12 +71,7 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path, command):
     alone = log.read(command(*mesh) / "fp8-0")
     assert alone.environment["mesh"] == {"data": 1, "expert": 2, "tensor": 1}
     (tmp_path / "runs").rename(tmp_path / "alone")
-    program = [sys.executable, "-m", "examples.deepseek.train", "--distributed", *mesh,
-               "--config", str(tmp_path / "smallest.json"), "--text", str(TEXT),
-               "--out", str(tmp_path / "runs")]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
-    launched = subprocess.run([sys.executable, "-m", "jax_fp8gemm", "launch", "--processes", "2", *program],
-                              cwd=ROOT, env=environment, timeout=600, capture_output=True, text=True)
+    launched = launch_two(tmp_path, *mesh)
     assert launched.returncode == 0, launched.stderr
     together = log.read(tmp_path / "runs/fp8-0")
     assert together.environment["processes"] == 2
@@ -85,10 +81,43 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path, command):
     assert launched.stdout.count("fp8-0: 3 steps") == 1
 
 
-def test_a_clock_of_several_processes_is_refused(command, capsys):
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--distributed", "--minutes", "5"], "--minutes: expected one process, whose clock it is; give several"),
+    (["--distributed"], "--mesh: expected, with --distributed, sizes that take all devices of all processes"),
+    (["--mesh", "foo=2"], "--mesh: expected each of data, expert, tensor once at most, got foo"),
+    (["--mesh", "data=2", "data=4"], "--mesh: expected each of data, expert, tensor once at most, got data"),
+    (["--mesh", "data=1.5"], "--mesh: data: expected a whole number, got 1.5"),
+    (["--mesh", "data=true"], "--mesh: data: expected a whole number, got True"),
+    (["--mesh", "expert"], "--mesh: expert: expected a whole number, got ''"),
+    (["--mesh", "expert=16"], "mesh: expected sizes of at least 1 and at most 8 devices"),
+    (["--mesh", "data=3"], "Config: batch: expected a multiple of 3, the size of the mesh axis"),
+    (["--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
+    (["--set", "capacity_factor=0.5"], "Config: capacity_factor: expected at least 1, got 0.5"),
+])
+def test_arguments_that_make_no_sense_are_named(command, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        command("--distributed", "--minutes", "5")
-    assert "--minutes: expected one process, whose clock it is; give several" in capsys.readouterr().err
+        command(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def launch_two(tmp_path, *arguments, outs=("runs", "runs")):
+    """Two processes of train.py, of which each has a folder of its own."""
+    program = [sys.executable, "-m", "examples.deepseek.train", "--distributed", *arguments,
+               "--config", str(tmp_path / "smallest.json"), "--text", str(TEXT)]
+    out = f'if [ "$OMPI_COMM_WORLD_RANK" = 0 ]; then out={outs[0]}; else out={outs[1]}; fi'
+    script = f'{out}; exec "$@" --out {tmp_path}/$out'
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "jax_fp8gemm", "launch", "--processes", "2", "sh", "-c", script, "sh",
+         *program], cwd=ROOT, env=environment, timeout=600, capture_output=True, text=True)
+
+
+def test_processes_that_share_no_folder_end_at_once(tmp_path, command):
+    launched = launch_two(tmp_path, "--mesh", "expert=2", "--steps", "3", outs=("runs", "others"))
+    assert launched.returncode != 0
+    assert "--out: expected a folder that all processes share" in launched.stderr
+    assert "in which processes [1] do not see what the first writes" in launched.stderr
+    assert not (tmp_path / "runs/fp8-0").exists()
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_trained(command, capsys):

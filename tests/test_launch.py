@@ -52,7 +52,8 @@ def test_output_comes_while_the_processes_run(tmp_path):
 
 
 @pytest.mark.parametrize(("end", "status", "reason"), [
-    ("sys.exit(7)", 7, "status 7"), ("os.kill(os.getpid(), signal.SIGSEGV)", 128 + 11, "SIGSEGV")])
+    ("sys.exit(7)", 7, "status 7"), ("os.kill(os.getpid(), signal.SIGSEGV)", 128 + 11, "SIGSEGV"),
+    ("os.kill(os.getpid(), 40)", 128 + 40, "signal 40")])
 def test_one_that_fails_ends_all(capsys, monkeypatch, tmp_path, end, status, reason):
     """Also one that goes on after SIGTERM, as those of jax.distributed do."""
     monkeypatch.setattr(launcher, "GRACE_S", 0.5)

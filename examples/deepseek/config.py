@@ -82,6 +82,8 @@ class Config:
                 raise ValueError(f"Config: {name}: expected {kind.__name__}, got {value!r}")
             if kind is int and value < (0 if name in _MAY_BE_ZERO else 1):
                 raise ValueError(f"Config: {name}: expected at least 1, got {value}")
+        if not self.capacity_factor >= 1:
+            raise ValueError(f"Config: capacity_factor: expected at least 1, got {self.capacity_factor}")
         if self.experts_per_token > self.experts:
             raise ValueError(f"Config: experts_per_token: expected at most experts = {self.experts}, got "
                              f"{self.experts_per_token}")

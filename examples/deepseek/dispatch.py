@@ -7,13 +7,14 @@ its features, their scales, its experts and their weights, is one message, and s
     forward    tokens as FP8 with their scales there, sums in bf16 back
     gradient   gradients as FP8 with their scales there, sums in bf16 back
 
-A device has the same room for each sender, `Room.tokens`: an all-to-all of blocks of one size, where a ragged
-one is slower by an order of magnitude (8 GB/s against 269, measured on four H200 with JAX 0.11.2). Tokens for
-which there is no room are left out, and counted.
+A device has the same room for each sender, `Room.tokens`: an all-to-all of blocks of one size, since XLA's
+ragged one is slower by an order of magnitude (`python -m benchmarks.bench_collectives` compares them). What
+finds no room is left out, and counted: the last tokens of a sender, and the rows of a device's last experts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -53,19 +54,26 @@ def room(num_tokens: int, top_k: int, num_experts: int, num_devices: int, factor
     return Room(tokens, math.ceil(min(most, factor * num_tokens * top_k)))
 
 
-def plan(experts: jax.Array, num_experts: int, num_devices: int, room: Room) -> Rows:
-    """experts [T, k] -> the rows [num_devices * room.tokens] of all messages, each device's together."""
-    num_tokens, num_rows = len(experts), num_devices * room.tokens
+def plan(experts: jax.Array, num_experts: int, num_devices: int, space: Room) -> Rows:
+    """experts [T, k] -> the rows [num_devices * space.tokens] of all messages, each device's together."""
+    num_tokens, num_rows = len(experts), num_devices * space.tokens
     device = jnp.arange(num_devices)
     goes = (experts[..., None] // (num_experts // num_devices) == device).any(axis=1)  # [T, devices]
     place = jnp.cumsum(goes, axis=0) - 1
     # Numbers past the last row, a different one for each: they name no row, and none twice.
     nowhere = num_rows + jnp.arange(goes.size).reshape(goes.shape)
-    row = jnp.where(goes & (place < room.tokens), device * room.tokens + place, nowhere).astype(jnp.int32)
+    row = jnp.where(goes & (place < space.tokens), device * space.tokens + place, nowhere).astype(jnp.int32)
     token = jnp.full(num_rows, num_tokens, jnp.int32)
     owner = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], row.shape)
     token = token.at[row].set(owner, unique_indices=True, mode="drop")
-    return Rows(token, jnp.minimum(row, num_rows))
+    row = jnp.minimum(row, num_rows)
+    if experts.shape[1] < num_devices:
+        # A token has fewer experts than there are devices: one copy for each, of which those to one device
+        # count once. Less to read than a row of each device, of which most are none.
+        to = experts // (num_experts // num_devices)
+        is_again = jnp.tril(to[:, :, None] == to[:, None, :], -1).any(-1)
+        row = jnp.where(is_again, num_rows, jnp.take_along_axis(row, to, axis=1))
+    return Rows(token, row)
 
 
 def send(ops: Ops, axis: str, x, weights, experts, rows: Rows):
@@ -117,12 +125,10 @@ def exchange(message: Any, axis: str) -> Any:
     """Block i of each array [R, …] of a tree to device i of the mesh axis, in one all-to-all."""
     leaves, tree = jax.tree.flatten(message)
     words = [_to_words(leaf) for leaf in leaves]
-    ends = [0]
-    for word in words:
-        ends.append(ends[-1] + word.shape[1])
+    ends = itertools.accumulate((word.shape[1] for word in words), initial=0)
     received = lax.all_to_all(jnp.concatenate(words, axis=1), axis, 0, 0, tiled=True)
     return tree.unflatten([_from_words(received[:, begin:end], leaf)
-                           for begin, end, leaf in zip(ends, ends[1:], leaves, strict=False)])
+                           for (begin, end), leaf in zip(itertools.pairwise(ends), leaves, strict=True)])
 
 
 def _to_words(x):
@@ -136,4 +142,3 @@ def _to_words(x):
 
 def _from_words(words, like):
     return lax.bitcast_convert_type(words, like.dtype).reshape(len(words), like.shape[1])
-

@@ -23,14 +23,14 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from examples.deepseek import inference, layers, log
+from examples.deepseek.arguments import add_mesh, layout_of, positive
 from examples.deepseek.checkpoint import Checkpoints
 from examples.deepseek.config import Config
 from examples.deepseek.inference import InferenceOps, apply_experts_masked, inference_ops
-from examples.deepseek.mesh import ONE_DEVICE, TENSOR, TOKENS, Layout, check, make_mesh
+from examples.deepseek.mesh import ONE_DEVICE, TENSOR, TOKENS, Layout, check
 from examples.deepseek.model import through_layers
 from examples.deepseek.precision import PRECISIONS, REFERENCE
 from examples.deepseek.step import init
-from examples.deepseek.train import override
 
 
 @jax.tree_util.register_dataclass
@@ -77,8 +77,8 @@ def decode(weights: dict[str, Any], bias: jax.Array, token: jax.Array, cache: Ca
            ops: InferenceOps, layout: Layout = ONE_DEVICE) -> tuple[jax.Array, Cache]:
     """One more token [B] int32 of each sequence -> the logits [B, V] f32 of the next one, and the cache.
 
-    The cache is changed in place where the caller donates it. A sequence that fills it already is not
-    remembered any further.
+    The cache is changed in place where the caller donates it. Of a sequence that fills it already, new tokens
+    are not remembered, and do not see themselves either.
     """
     update = partial(_attend_to_cache, config=config)
     if layout.mesh is not None:
@@ -145,7 +145,7 @@ def _without_limit(config):
 
 def generate(weights, bias, prompts: list[bytes], num_tokens: int, config: Config, ops: InferenceOps,
              layout: Layout = ONE_DEVICE, *, temperature: float = 0.0, seed: int = 0) -> list[bytes]:
-    """`num_tokens` bytes after each prompt; with temperature 0 the most likely ones."""
+    """`num_tokens` bytes after each prompt, of one byte at least; with temperature 0 the most likely ones."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -174,30 +174,34 @@ def main(arguments: list[str] | None = None) -> int:
                                      description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a training run with a checkpoint")
     parser.add_argument("--prompt", nargs="+", default=["import ", "def main("])
-    parser.add_argument("--tokens", type=int, default=64, help="to add to each prompt")
+    parser.add_argument("--tokens", type=positive, default=64, help="to add to each prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn where the temperature is not 0")
     parser.add_argument("--precision", choices=(*PRECISIONS, REFERENCE), help="the run's by default")
-    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=override,
-                        help="sizes of the mesh axes data, expert and tensor; one device by default")
+    add_mesh(parser)
     args = parser.parse_args(arguments)
     try:
         identity = log.read(args.run).identity
         config = Config(**identity["config"])
-        layout = Layout(make_mesh(**dict(args.mesh))) if args.mesh else ONE_DEVICE
+        if config.vocabulary > 256:
+            raise ValueError(f"{args.run}: expected a model of bytes, got {config.vocabulary} tokens")
+        if not all(args.prompt):
+            raise ValueError("--prompt: expected at least one character in each, got an empty one")
+        layout = layout_of(args.mesh)
         if layout.mesh is not None:
             check(dataclasses.replace(config, batch=len(args.prompt)), layout.mesh)
         with Checkpoints(args.run / "checkpoints") as checkpoints:
             restored = checkpoints.restore(init(config, 0, layout))
         if restored is None:
             raise ValueError(f"{args.run}: expected a checkpoint, got a run without one")
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     state, _ = restored
     ops = inference_ops(args.precision or identity["precision"])
     weights = jax.jit(partial(inference.load, ops=ops, layout=layout))(state.params)
     prompts = [prompt.encode() for prompt in args.prompt]
     for prompt, text in zip(prompts, generate(weights, state.bias, prompts, args.tokens, config, ops, layout,
-                                              temperature=args.temperature), strict=True):
+                                              temperature=args.temperature, seed=args.seed), strict=True):
         print(f"{prompt.decode()}\033[1m{text.decode(errors='replace')}\033[0m")
     return 0
 

@@ -130,16 +130,17 @@ def _routed_experts_of_device(x, bias, router, gate_up, down, config, ops, apply
                          config.capacity_factor)
     experts, weights = route(x, router, bias, config)
     rows = dispatch.plan(experts, config.experts, num_devices, room)
+    # Here, so that their gradients are added up over `tensor` by token and not by row.
+    x, weights = (lax.pcast(each, TENSOR, to="varying") for each in (x, weights))
     tokens, weights, theirs = dispatch.send(ops, EXPERT, x, weights, experts, rows)
 
     first = lax.axis_index(EXPERT) * down.shape[0]
     gate_up, down = ops.expert_weights(gate_up, down, DATA)
-    over_tensor = partial(lax.pcast, axis_name=TENSOR, to="varying")
-    tokens, weights = jax.tree.map(over_tensor, (tokens, weights))
     out, sizes = apply(tokens, theirs - first, weights, gate_up, down, ops, room.rows)
     out = dispatch.fetch(ops, EXPERT, out.astype(x.dtype), rows)
     load = jax.nn.one_hot(experts, config.experts, dtype=jnp.int32).sum((0, 1))
-    routing = Routing(load[None], (experts.size - sizes.sum())[None])
+    num_rows = lax.pmax(sizes.sum(), TENSOR)  # the same on all of its devices
+    routing = Routing(load[None], (experts.size - num_rows)[None])
     return lax.psum(out, TENSOR), routing
 
 

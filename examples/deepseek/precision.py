@@ -1,8 +1,7 @@
 """The one switch between bf16 and FP8: the products of activations with weights.
 
 What is no such product is the same in both: attention between tokens, the router, the embedding and the
-output head are bf16 or f32 everywhere. A third
-one, f32 in all, shows what rounding would blur.
+output head are bf16 or f32 everywhere. A third one, f32 in all, shows what rounding would blur.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def _gathered_in_fp8(w, mesh_axis, axis):
     if w.shape[axis] % SQUARE_BLOCKS[0]:
         return _gathered(w.dtype, w, mesh_axis, axis)
     part = prepare(w)
-    gather = lambda array, axis: jax.tree.map(
-        lambda leaf: lax.all_gather(leaf, mesh_axis, axis=axis % leaf.ndim, tiled=True), array)
-    transposed = -3 - axis
+    gather = lambda array, along: jax.tree.map(
+        lambda leaf: lax.all_gather(leaf, mesh_axis, axis=along % leaf.ndim, tiled=True), array)
+    transposed = -3 - axis  # of -1 and -2 the other one
     return PreparedWeight(gather(w, axis), gather(part.forward, transposed), gather(part.backward, axis))

@@ -20,13 +20,11 @@ import argparse
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import math
 import os
 import pathlib
 import statistics
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,10 +33,11 @@ from tqdm import tqdm
 
 from examples.deepseek import config as configs
 from examples.deepseek import log
+from examples.deepseek.arguments import add_mesh, layout_of, named_value, positive
 from examples.deepseek.checkpoint import Checkpoints
 from examples.deepseek.config import Config
 from examples.deepseek.data import Corpus, Sampler, read_corpus
-from examples.deepseek.mesh import ONE_DEVICE, Layout, check, make_mesh
+from examples.deepseek.mesh import ONE_DEVICE, Layout, check
 from examples.deepseek.precision import PRECISIONS, REFERENCE
 from examples.deepseek.step import TrainState, digest, init, train_step, validation_loss
 from jax_fp8gemm import check_hosts
@@ -67,6 +66,8 @@ def train(config: Config, precision: str, seed: int, corpus: Corpus, folder: pat
           layout: Layout = ONE_DEVICE, resume: bool = False) -> TrainState | None:
     """One run: new, or from its last checkpoint, which may have been written on another mesh.
 
+    The configuration has to fit the mesh: `mesh.check`.
+
     Returns:
       The state after the last step, or None where the run had all of its steps already.
 
@@ -74,8 +75,6 @@ def train(config: Config, precision: str, seed: int, corpus: Corpus, folder: pat
       ValueError: the folder has a run that is not to be resumed, or is another one.
       FloatingPointError: the loss is not finite.
     """
-    if layout.mesh is not None:
-        check(config, layout.mesh)
     identity = {"precision": precision, "seed": seed, "config": dataclasses.asdict(config),
                 "text": corpus.digest()}
     recorded = _recorded_steps(folder)
@@ -197,16 +196,18 @@ def summary(folder: pathlib.Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * args.minutes
     try:
         config, corpus = configs.load(args.config, dict(args.set)), read_corpus(args.text)
-        if args.distributed and math.isfinite(args.minutes):
-            raise ValueError("--minutes: expected one process, whose clock it is; give several --steps")
-        deadline = time.monotonic() + 60 * args.minutes
-        limits = Limits(args.steps or config.steps, args.checkpoint_every, deadline)
-        _start(args, {"config": config, "steps": limits.steps, "text": corpus.digest()})
-        layout = Layout(make_mesh(**dict(args.mesh))) if args.mesh else ONE_DEVICE
-    except (TypeError, ValueError) as error:
+        _check_distributed(args)
+        _start(args, _shared_facts(args, config, corpus))
+        layout = layout_of(args.mesh)
+        if layout.mesh is not None:
+            check(config, layout.mesh)
+        _check_folder_is_shared(args.out)
+    except ValueError as error:
         parser.error(str(error))
+    limits = Limits(args.steps or config.steps, args.checkpoint_every, deadline)
     if _writes_log():
         print(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} for validation, "
               f"{jax.devices()[0].device_kind}")
@@ -224,12 +225,12 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m examples.deepseek.train",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="tiny", help=f"{', '.join(configs.PRESETS)}, or a JSON file")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", type=override,
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", type=named_value,
                         help="fields of the configuration to replace, such as batch=8 attention=cudnn")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=(*PRECISIONS, REFERENCE))
     parser.add_argument("--seed", nargs="+", default=[0], type=int, help="of the parameters and of the data")
-    parser.add_argument("--steps", type=int, help="steps of a run; the configuration's by default, whose "
-                        "learning rate schedule does not change with this")
+    parser.add_argument("--steps", type=positive, help="steps of a run; the configuration's by default, "
+                        "whose learning rate schedule does not change with this")
     parser.add_argument("--out", type=pathlib.Path, default="runs", metavar="DIR")
     parser.add_argument("--text", type=pathlib.Path, metavar="DIR",
                         help="Python files to train on; the standard library by default")
@@ -238,11 +239,24 @@ def _parser():
                         help="0 saves nothing but at the end of --minutes")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="stop after this time, with a checkpoint to resume from")
-    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=override,
-                        help="sizes of the mesh axes data, expert and tensor; one device by default")
+    add_mesh(parser)
     parser.add_argument("--distributed", action="store_true",
                         help="one of several processes, which share --out and are started together")
     return parser
+
+
+def _check_distributed(args):
+    if args.distributed and math.isfinite(args.minutes):
+        raise ValueError("--minutes: expected one process, whose clock it is; give several --steps")
+    if args.distributed and not args.mesh:
+        raise ValueError("--mesh: expected, with --distributed, sizes that take all devices of all "
+                         "processes, got none")
+
+
+def _shared_facts(args, config, corpus):
+    """What all processes of a run have to agree on; the folders may have other names on other hosts."""
+    arguments = {name: value for name, value in vars(args).items() if name not in ("out", "text")}
+    return {**arguments, "config": config, "text": corpus.digest()}
 
 
 def _start(args, facts):
@@ -250,6 +264,8 @@ def _start(args, facts):
     # Atomic additions come in any order: of them, XLA takes none.
     flag = "--xla_gpu_exclude_nondeterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    # Or a step on a mesh would be compiled again wherever it is resumed.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     if args.distributed:
         jax.distributed.initialize()
         check_hosts(facts)
@@ -258,12 +274,21 @@ def _start(args, facts):
         jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
 
 
-def override(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value  # a string
+def _check_folder_is_shared(folder):
+    """Or processes would wait for each other at the first checkpoint, and never go on."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / f".seen-{multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31))}"
+    if _writes_log():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("mark")
+    is_seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if _writes_log():
+        mark.unlink()
+    if not is_seen.all():
+        raise ValueError(f"--out: expected a folder that all processes share, got {folder}, in which "
+                         f"processes {np.flatnonzero(~is_seen).tolist()} do not see what the first writes")
 
 
 if __name__ == "__main__":
