@@ -87,8 +87,9 @@ def load(params: dict[str, Any], ops: InferenceOps, layout: Layout) -> dict[str,
     def layers(kind):
         loaded = {block: {name: weight(name, w, specs[kind][block][name]) for name, w in weights.items()}
                   for block, weights in params[kind].items()}
+        spec = without_data(specs[kind]["attention"]["kv_up"])
         kv_up = params[kind]["attention"]["kv_up"].astype(ops.dtype)
-        loaded["attention"]["kv_up_for_cache"] = layout.constrain(kv_up, *specs[kind]["attention"]["kv_up"])
+        loaded["attention"]["kv_up_for_cache"] = layout.constrain(kv_up, *spec)
         return loaded
 
     outside = {name: layout.constrain(params[name].astype(ops.dtype), *without_data(specs[name]))

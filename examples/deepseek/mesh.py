@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.deepseek.config import Config
+from jax_fp8gemm.mesh.plan import axes_of
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 TOKENS = (DATA, EXPERT)  # the axes that tokens are divided over
@@ -121,7 +122,7 @@ def param_specs(params: Any) -> Any:
 
 def without_data(spec: P) -> P:
     """Whole where it was divided over `data`."""
-    return P(*(None if axis == DATA else axis for axis in spec))
+    return P(*(tuple(axis for axis in axes_of(entry) if axis != DATA) or None for entry in spec))
 
 
 def experts_specs() -> tuple[P, P]:
