@@ -1,4 +1,4 @@
-"""Draws the results of bench_dense and bench_grouped: a roofline, and bars of the speed over DeepGEMM.
+"""Draws results: of GEMMs a roofline and the speed over DeepGEMM, of scaling what a step's time goes to.
 
 python -m benchmarks.plot                        # every such report in benchmarks/results
 python -m benchmarks.plot report.json --out figures/
@@ -36,7 +36,11 @@ _COLORS = {
     "deepgemm_padding": "#66a182",
 }
 _BASELINE, _FALLBACKS = "deepgemm", ("jnp_bf16", "ragged_dot_bf16")
-KINDS = ("dense", "grouped")  # of reports
+KINDS = ("dense", "grouped", "scaling")  # of reports
+# Of a step, from the bottom of a bar to its top, and their colors.
+STEP_PARTS = {"gemm": "#d1495b", "quantize": "#edae49", "other": "#8d96a3", "exposed": "#00798c",
+              "idle": "#dddddd"}
+_LABELS = {"exposed": "communication, not overlapped"}
 # A figure of bars shows all rows of a dense report, and the rows with one of these tags of a grouped one.
 GROUPED_FIGURES = ("contiguous", "masked", "ragged_k", "small_experts", "ragged_dot")
 
@@ -115,11 +119,40 @@ def bars(report: Mapping[str, Any], tag: str | None = None) -> plt.Figure:
     return figure
 
 
+def scaling(report: Mapping[str, Any]) -> plt.Figure:
+    """What a step's time goes to on the slowest device of each row, and the efficiency of the rows."""
+    figure, (times, efficiency) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = report["rows"]
+    bottom = np.zeros(len(rows))
+    of_rows = [max(row["split"], key=lambda each: each["step"], default={}) for row in rows]
+    for part, color in STEP_PARTS.items():
+        heights = np.array([each.get(part, 0.0) for each in of_rows]) / 1e3
+        times.bar(range(len(rows)), heights, 0.7, bottom, color=color, label=_LABELS.get(part, part))
+        bottom += heights
+    medians = [row["median_us"] / 1e3 for row in rows]
+    times.plot(range(len(rows)), medians, "k_", markersize=30, label="step, not profiled")
+    times.set_xticks(range(len(rows)), [f"{row['precision']}\n{row['devices']}" for row in rows])
+    times.set(xlabel="precision, GPUs", ylabel="ms", title=f"A training step, {report['gpu']}")
+    times.legend(fontsize="small")
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        points = [(row["devices"], row["efficiency"]) for row in rows
+                  if row["precision"] == precision and "efficiency" in row]
+        efficiency.plot(*np.reshape(points, (-1, 2)).T, "o-", label=precision)
+    efficiency.set(xlabel="GPUs", ylabel="time of one GPU over the time", ylim=(0, 1.1),
+                   title="Weak scaling: the same work for each GPU")
+    efficiency.set_xticks(sorted({row["devices"] for row in rows}))
+    efficiency.grid(alpha=0.2)
+    efficiency.legend()
+    return figure
+
+
 def render(report: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     """Writes the figures as PNG; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, figures = [], {"roofline": roofline}
-    if report["kind"] == "dense":
+    if report["kind"] == "scaling":
+        figures = {"step": scaling}
+    elif report["kind"] == "dense":
         figures["bars"] = bars
     else:
         tags = [tag for tag in GROUPED_FIGURES if any(tag in row["tags"] for row in report["rows"])]
@@ -134,7 +167,7 @@ def render(report: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[p
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("reports", type=pathlib.Path, nargs="*", help="JSON files of the two benchmarks")
+    parser.add_argument("reports", type=pathlib.Path, nargs="*", help="JSON files of the three benchmarks")
     parser.add_argument(
         "--out", type=pathlib.Path, default=environment.RESULTS, help="folder for the figures"
     )

@@ -33,11 +33,12 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
-    """A kernel, copy or memset that ran on the device; times in nanoseconds."""
+    """A kernel, copy or memset that ran on a device; times in nanoseconds."""
 
     name: str
     start: int
     end: int
+    device: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,8 @@ def samples_of(runs: Sequence[Sequence[Activity]]) -> Samples:
     return Samples(tuple(busy_time(run) / 1e3 for run in runs), kernels, kernel_times)
 
 
-def _record(work: Callable[[], None]) -> list[Activity]:
-    """Runs the work and returns everything that ran on the device meanwhile."""
+def record(work: Callable[[], None]) -> list[Activity]:
+    """Runs the work, to its end, and returns everything that ran on the devices meanwhile."""
     import torch
     from torch.autograd import DeviceType
 
@@ -118,7 +119,7 @@ def _record(work: Callable[[], None]) -> list[Activity]:
         work()
         torch.cuda.synchronize()
     return [
-        Activity(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        Activity(event.name(), event.start_ns(), event.start_ns() + event.duration_ns(), event.device_index())
         for event in profile.profiler.kineto_results.events()
         if event.device_type() == DeviceType.CUDA
     ]
@@ -140,7 +141,7 @@ class KernelTimer:
         self._buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
         self._flush()
         # The longest activity of a fill is its kernel: its name marks the calls' borders.
-        recorded = _record(self._flush)
+        recorded = record(self._flush)
         if not recorded:
             raise RuntimeError("torch.profiler recorded no kernel: CUPTI cannot trace on this machine")
         self._marker = max(recorded, key=lambda a: a.end - a.start).name
@@ -185,7 +186,7 @@ class KernelTimer:
                 self._run(call)
 
         for _ in range(_ATTEMPTS):
-            groups = split_at(self._marker, _record(work))
+            groups = split_at(self._marker, record(work))
             if len(groups) == len(calls) and all(groups):
                 return groups
         empty = sum(not group for group in groups)

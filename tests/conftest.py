@@ -1,6 +1,7 @@
-"""Eight fake CPU devices for every test; a Hopper GPU for those in tests/gpu.
+"""Eight fake CPU devices for every test; Hopper GPUs for those in tests/gpu.
 
-Without such a GPU the tests in tests/gpu are skipped; with JAX_FP8GEMM_REQUIRE_GPU=1 they fail instead.
+Tests that need more GPUs than there are are skipped; with JAX_FP8GEMM_REQUIRE_GPU=N those that need at most N
+fail instead.
 """
 
 import os
@@ -26,19 +27,27 @@ from jax_fp8gemm.operation import HOPPER
 def device(request):
     """Where the test's arrays live."""
     if request.path.parent.name == "gpu":
-        yield _hopper()
+        yield _hoppers(1)[0]
     else:
         device = jax.local_devices(backend="cpu")[0]
         with jax.default_device(device):
             yield device
 
 
-def _hopper():
-    gpu = next((d for d in jax.local_devices() if getattr(d, "compute_capability", None) == HOPPER), None)
-    if gpu is None:
-        refuse = pytest.fail if os.environ.get("JAX_FP8GEMM_REQUIRE_GPU") == "1" else pytest.skip
-        refuse(f"needs an NVIDIA Hopper GPU (compute capability {HOPPER}); JAX has {jax.local_devices()}")
-    return gpu
+@pytest.fixture
+def gpus():
+    """A function of a number: all Hopper GPUs, of which the test needs as many."""
+    return _hoppers
+
+
+def _hoppers(least):
+    found = [d for d in jax.local_devices() if getattr(d, "compute_capability", None) == HOPPER]
+    if len(found) < least:
+        required = int(os.environ.get("JAX_FP8GEMM_REQUIRE_GPU", "0"))
+        refuse = pytest.fail if least <= required else pytest.skip
+        refuse(f"needs {least} NVIDIA Hopper GPU(s) (compute capability {HOPPER}); JAX has "
+               f"{jax.local_devices()}")
+    return found
 
 
 @pytest.fixture

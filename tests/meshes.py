@@ -1,4 +1,4 @@
-"""Meshes of eight fake CPU devices, data whose sums are exact, and the collectives of a program."""
+"""Meshes, of eight fake CPU devices by default; data whose sums are exact; the collectives of a program."""
 
 import collections
 import contextlib
@@ -17,9 +17,10 @@ from jax_fp8gemm.mesh.plan import axes_of
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS, scale_shape
 
 
-def mesh_of(*kinds, x=4, y=2):
-    """x * y devices, and the kinds of both axes or of each."""
-    return jax.make_mesh((x, y), ("x", "y"), devices=jax.devices("cpu")[:x * y],
+def mesh_of(*kinds, x=4, y=2, devices=None):
+    """The first x * y devices, and the kinds of both axes or of each."""
+    devices = jax.devices("cpu") if devices is None else devices
+    return jax.make_mesh((x, y), ("x", "y"), devices=devices[:x * y],
                          axis_types=kinds if len(kinds) == 2 else kinds * 2)
 
 
@@ -29,7 +30,8 @@ COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permut
 
 
 def scaled(*shape, granularity=ROW_BLOCKS):
-    """Small whole numbers, and scales that are powers of two: every sum of products is exact in f32.
+    """Small whole numbers, and scales that are powers of two: every sum of products is exact in f32, and in
+    the tensor cores, too.
 
     So a result does not depend on the order of sums, and its bits show every rounding.
     """
@@ -63,17 +65,17 @@ def place(mesh, operands, specs):
             for x, spec in zip(operands, specs, strict=True)]
 
 
-def run(mesh, function, operands, specs, **options):
+def run(mesh, function, operands, specs, compiler_options=COMPILER_OPTIONS, **options):
     """The results of `function` on operands that are sharded, and the collectives in the compiled program."""
     with use(mesh):
         placed = place(mesh, operands, specs)
-        compiled = jax.jit(lambda *args: function(*args), **options).lower(*placed).compile(COMPILER_OPTIONS)
+        compiled = jax.jit(lambda *args: function(*args), **options).lower(*placed).compile(compiler_options)
         return compiled(*placed), collectives(compiled)
 
 
-def run_alone(function, *operands):
+def run_alone(function, *operands, compiler_options=COMPILER_OPTIONS):
     """The results of one device, compiled with the same options."""
-    return jax.jit(lambda *args: function(*args)).lower(*operands).compile(COMPILER_OPTIONS)(*operands)
+    return jax.jit(lambda *args: function(*args)).lower(*operands).compile(compiler_options)(*operands)
 
 
 def collectives(compiled):

@@ -13,6 +13,8 @@ import emulator
 from bounds import assert_groups_within_bound, assert_within_bound
 from jax_fp8gemm import quantize, reference
 from jax_fp8gemm.scaling import ROW_BLOCKS, SQUARE_BLOCKS
+from meshes import scaled, weights
+from test_sharding_autodiff import exact
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 VECTORS = np.load(pathlib.Path(__file__).parent / "data" / "wgmma_vectors_h200.npz")
@@ -23,6 +25,27 @@ def test_equals_the_hardware_in_every_bit(name):
     a, b = (VECTORS[f"{name}.{operand}"].view(E4M3) for operand in "ab")
     out = emulator.tensor_core(a, b, VECTORS.get(f"{name}.c"))
     np.testing.assert_array_equal(out.view(np.uint32), VECTORS[f"{name}.d"].view(np.uint32))
+
+
+# ---- the data of sharded programs: on a GPU, too, the order of sums must not show in a bit
+
+
+def test_sums_of_small_whole_numbers_are_exact():
+    lhs, rhs = scaled(40, 512), weights(136, 512)
+    operands = [np.asarray(x) for x in (lhs.values, lhs.scales, rhs.values, rhs.scales)]
+    a, b = (np.float64(x.values) * np.kron(x.scales, np.ones(x.granularity))[:x.shape[0]] for x in (lhs, rhs))
+    for split_k in (1, 2, 4):
+        np.testing.assert_array_equal(emulator.gemm(*operands, split_k=split_k), a @ b.T)
+
+
+def test_sums_of_blocks_with_one_large_number_come_in_any_order():
+    """A block's own sum is not exact, where 448 meets 448; but blocks are whole on every device."""
+    x, w = (np.asarray(exact(128, 512, seed=seed)).astype(E4M3) for seed in (0, 1))
+    ones = np.ones((128, 4), np.float32)
+    out = emulator.gemm(x, ones, w, ones)
+    blocks = [emulator.tensor_core(x[:, k : k + 128], w[:, k : k + 128]) for k in range(0, 512, 128)]
+    np.testing.assert_array_equal(out, np.sum(np.float64(blocks), axis=0))
+    assert (out != np.float64(x) @ np.float64(w).T).any()
 
 
 def spike(k=4096):

@@ -1,6 +1,7 @@
 """Prefill and decoding of examples/deepseek: the logits of the training model, token by token."""
 
 import dataclasses
+import functools
 import re
 from functools import partial
 
@@ -15,6 +16,7 @@ from meshes import collectives
 
 TINY = dataclasses.replace(config.load("tiny"), batch=4, moe_layers=1)
 U = 2.0**-24
+TOKENS = np.random.default_rng(2).integers(0, 256, (4, 9)).astype(np.int32)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,9 +27,19 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def state():
+@pytest.fixture
+def state(device):
+    return state_of(device)
+
+
+@functools.cache
+def state_of(device):
     """Parameters as training leaves them, with norms and a bias that are not those of the first step."""
+    with jax.default_device(device):
+        return draw_state()
+
+
+def draw_state():
     state, rng = step.init(TINY, 0), np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf * jnp.array(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32),
                           state.params)
@@ -35,9 +47,13 @@ def state():
     return dataclasses.replace(state, params=params, bias=bias)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokens():
-    return np.random.default_rng(2).integers(0, 256, (4, 9)).astype(np.int32)
+    return TOKENS
+
+
+def layout_of(*sizes):
+    return mesh.Layout(mesh.make_mesh(*sizes, devices=jax.devices("cpu")))
 
 
 def load(state, ops, layout):
@@ -66,7 +82,7 @@ def run(state, tokens, lengths, ops, layout):
 def test_logits_are_those_of_the_whole_sequence(state, tokens, sizes):
     """In f32, where keys are not rounded before they are cached: prompts of 3, 5, 1 and 4 tokens."""
     lengths = np.int32([3, 5, 1, 4])
-    layout = mesh.ONE_DEVICE if sizes is None else mesh.Layout(mesh.make_mesh(*sizes))
+    layout = mesh.ONE_DEVICE if sizes is None else layout_of(*sizes)
     found = run(state, tokens, lengths, inference_ops("f32"), layout)
     whole, _ = model.logits(state.params, state.bias, tokens, TINY, precision.ops("f32"))
     expected = np.stack([whole[np.arange(4), lengths - 1 + idx] for idx in range(found.shape[1])], axis=1)
@@ -77,7 +93,7 @@ def test_logits_are_those_of_the_whole_sequence(state, tokens, sizes):
 
 def test_fp8_is_as_near_as_it_is_in_training(state, tokens):
     lengths = np.int32([5, 5, 5, 5])
-    ops, devices = inference_ops("fp8", jnp.float32), mesh.Layout(mesh.make_mesh(1, 4, 1))
+    ops, devices = inference_ops("fp8", jnp.float32), layout_of(1, 4, 1)
     found, on_mesh = (run(state, tokens, lengths, ops, layout) for layout in (mesh.ONE_DEVICE, devices))
     fp8 = dataclasses.replace(precision.ops("fp8"), dtype=jnp.dtype(jnp.float32))
     exact, trained = (np.asarray(model.logits(state.params, state.bias, tokens, TINY, ops)[0])[:, 4:]
@@ -91,7 +107,7 @@ def test_fp8_is_as_near_as_it_is_in_training(state, tokens):
 
 def test_a_step_gathers_nothing_and_sends_tokens_there_and_back(state):
     """Of the cache and of weights every device has what it needs."""
-    layout, ops = mesh.Layout(mesh.make_mesh(2, 2, 1)), inference_ops("fp8")
+    layout, ops = layout_of(2, 2, 1), inference_ops("fp8")
     weights = load(state, ops, layout)
     static = {"config": TINY, "ops": ops, "layout": layout}
     tokens = layout.place(np.zeros((4, 5), np.int32))

@@ -1,6 +1,7 @@
 """The model of examples/deepseek on meshes: what travels, what is computed, which collectives XLA makes."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -28,8 +29,8 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def layout(*sizes):
-    return mesh.Layout(mesh.make_mesh(*sizes))
+def layout(*sizes, devices=None):
+    return mesh.Layout(mesh.make_mesh(*sizes, devices=devices or jax.devices("cpu")))
 
 
 def on_experts(function, count, in_specs, out_specs):
@@ -237,16 +238,14 @@ def gradient(config, ops, layout, sequences):
     return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
 
 
-@pytest.fixture(scope="module")
-def sequences():
-    rng = np.random.default_rng(0)
-    return rng.integers(0, TINY.vocabulary, (TINY.batch, TINY.sequence + 1)).astype(np.int32)
+SEQUENCES = np.random.default_rng(0).integers(
+    0, TINY.vocabulary, (TINY.batch, TINY.sequence + 1)).astype(np.int32)
 
 
-@pytest.fixture(scope="module")
-def of_one_device(sequences):
-    return {name: gradient(BLOCKS, ops, mesh.ONE_DEVICE, sequences)
-            for name, ops in (("f32", F32), ("fp8", FP8))}
+@functools.cache
+def of_one_device(ops, device):
+    with jax.default_device(device):
+        return gradient(BLOCKS, ops, mesh.ONE_DEVICE, SEQUENCES)
 
 
 def distance(a, b):
@@ -254,9 +253,13 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2)])
-def test_the_gradient_is_that_of_one_device(sequences, of_one_device, sizes):
-    value, vector = gradient(BLOCKS, F32, layout(*sizes), sequences)
-    expected_value, expected = of_one_device["f32"]
+def test_the_gradient_is_that_of_one_device(device, sizes):
+    assert_gradient_is_that_of_one_device(device, layout(*sizes))
+
+
+def assert_gradient_is_that_of_one_device(device, layout):
+    value, vector = gradient(BLOCKS, F32, layout, SEQUENCES)
+    expected_value, expected = of_one_device(F32, device)
     # Sums in another order: of up to 512 terms, sqrt(512) U / 2 off in the root mean square. The longest way
     # there and back has some 20 products, whose errors add up as their squares do.
     assert distance(vector, expected) < np.sqrt(20 * 512) / 2 * U
@@ -264,10 +267,14 @@ def test_the_gradient_is_that_of_one_device(sequences, of_one_device, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)])
-def test_the_gradient_in_fp8_is_as_good_as_that_of_one_device(sequences, of_one_device, sizes):
+def test_the_gradient_in_fp8_is_as_good_as_that_of_one_device(device, sizes):
+    assert_fp8_gradient_is_as_good_as_that_of_one_device(device, layout(*sizes))
+
+
+def assert_fp8_gradient_is_as_good_as_that_of_one_device(device, layout):
     """Where a sum is rounded in another way, a number may become its neighbour in FP8."""
-    value, vector = gradient(BLOCKS, FP8, layout(*sizes), sequences)
-    (exact_value, exact), (one_value, one) = of_one_device["f32"], of_one_device["fp8"]
+    value, vector = gradient(BLOCKS, FP8, layout, SEQUENCES)
+    (exact_value, exact), (one_value, one) = (of_one_device(ops, device) for ops in (F32, FP8))
     error, expected_error = distance(vector, exact), distance(one, exact)
     assert distance(vector, one) < expected_error / 2
     assert abs(error / expected_error - 1) < 0.1
@@ -290,12 +297,12 @@ def test_tokens_travel_four_times_in_a_layer_of_experts(name):
     assert "collective-permute" not in collectives_of(compiled)
 
 
-def test_a_step_leaves_the_state_where_it_was(sequences):
+def test_a_step_leaves_the_state_where_it_was():
     devices = layout(2, 2, 2)
     state = step.init(TINY, 0, devices)
     losses = []
     for _ in range(4):
-        state, metrics = step.train_step(TINY, "fp8", devices)(state, devices.place(sequences))
+        state, metrics = step.train_step(TINY, "fp8", devices)(state, devices.place(SEQUENCES))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     for leaf, sharding in zip(*map(jax.tree.leaves, (state, step.shardings(TINY, devices))), strict=True):
@@ -321,8 +328,8 @@ def test_what_cannot_be_divided_is_named(sizes, message):
 def test_several_processes_have_all_of_their_devices_in_the_mesh(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"mesh: expected all 8 devices of 2 processes, got data=2"):
-        mesh.make_mesh(2, 2, 1)
-    assert mesh.make_mesh(2, 2, 2).size == 8
+        layout(2, 2, 1)
+    assert layout(2, 2, 2).mesh.size == 8
 
 
 def test_an_up_projection_that_cannot_be_divided_over_data_is_named():
@@ -335,4 +342,4 @@ def test_an_up_projection_that_cannot_be_divided_over_data_is_named():
 @pytest.mark.parametrize("sizes", [(3, 3, 1), (0, 1, 1)])
 def test_a_mesh_has_as_many_devices_as_there_are(sizes):
     with pytest.raises(ValueError, match=r"mesh: expected sizes of at least 1 and at most 8 devices"):
-        mesh.make_mesh(*sizes)
+        layout(*sizes)

@@ -116,7 +116,7 @@ def test_exported_programs_carry_their_kernels(planned):
 
 
 def test_shard_map(planned):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4], axis_types=(AxisType.Auto,))
 
     def local(x, ids, weights):
         rows, sizes, positions = permute(x, ids, 5)
@@ -134,7 +134,7 @@ def test_shard_map(planned):
 
 def test_an_explicit_mesh_on_which_nothing_is_sharded(planned):
     """Results of another rank than the operands have a sharding of their rank."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4], axis_types=(AxisType.Explicit,))
     x, ids = np.asarray(X), np.asarray(IDS)
     expected = permute(x, ids, 5)
     with jax.set_mesh(mesh):

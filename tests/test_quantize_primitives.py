@@ -143,7 +143,7 @@ def test_exported_programs_carry_their_kernel(planned):
 
 
 def test_shard_map(planned):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4], axis_types=(AxisType.Auto,))
     swiglu = lambda x, sizes: quantize_swiglu(x, group_sizes=sizes).values
     mapped = jax.shard_map(swiglu, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert "tensor<1x2x512xbf16>, tensor<1x3xi32>" in call_line(lower_for_cuda(mapped, x(8, 512), SIZES))
@@ -153,7 +153,7 @@ def test_shard_map(planned):
 
 def test_explicit_meshes(planned):
     """Each device has a kernel for its shard. implementation="reference" has none, and is sharded as well."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4], axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x(8, 512), NamedSharding(mesh, P(None, "data")))
         assert "(tensor<1x8x128xbf16>) -> " in call_line(lower_for_cuda(quantize, sharded))

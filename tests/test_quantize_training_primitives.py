@@ -141,7 +141,7 @@ def test_exported_programs_carry_their_kernel(planned, name):
 
 @pytest.mark.parametrize("f", [256, 250])
 def test_shard_map(planned, f):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4], axis_types=(AxisType.Auto,))
 
     def local(gate_up, d_hidden, sizes):
         arrays = *quantize_both(gate_up), *quantize_swiglu_backward(gate_up, d_hidden, sizes)

@@ -97,12 +97,16 @@ def expected(name):
 
 
 def assert_equals_one_device_s(name, actual):
+    assert_equals(name, actual, expected(name))
+
+
+def assert_equals(name, actual, of_one_device):
     """To the bit, or to what the norm of a gated layer's results may change by.
 
     There, f32 arithmetic that differs in its last bits (of exp, of a sum) takes a number to another FP8
     number only if it is that near to the middle of two: less than one in 2^10, by at most 2^-3 of itself.
     """
-    for got, wanted in zip(actual, expected(name), strict=True):
+    for got, wanted in zip(actual, of_one_device, strict=True):
         assert got.dtype == wanted.dtype
         if LAYERS[name].is_exact:
             assert_same_bits(got, wanted)
