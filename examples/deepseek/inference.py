@@ -130,7 +130,7 @@ def _ragged_feed_forward(dtype, x, gate_up, down, group_sizes):
 
 
 def _masked_feed_forward(dtype, x, gate_up, down, sizes):
-    gates = fp8_gemm_masked(_rows(x), gate_up, sizes, out_dtype=dtype)
+    gates = fp8_gemm_masked(x, gate_up, sizes, out_dtype=dtype)
     return fp8_gemm_masked(quantize_swiglu(gates, group_sizes=sizes), down, sizes, out_dtype=dtype)
 
 
@@ -149,6 +149,8 @@ def apply_experts_masked(x, experts, weights, gate_up, down, ops: InferenceOps, 
 
     The shapes are those of the most that can come, the time that of what does.
     """
+    # Quantised here, where a token is one row, unless it was before it came from another device.
+    x = x if isinstance(x, ScaledArray) else ops.pack(x)
     num_experts = gate_up.shape[0]
     by_expert = in_blocks(sort_by_expert(experts, num_experts, capacity), len(experts))
     in_groups = lambda leaf: leaf.reshape(num_experts, len(experts), -1)
