@@ -23,7 +23,7 @@ from jax_fp8gemm.jit.problem import (
     round_up,
 )
 from jax_fp8gemm.jit.warmup import warmup
-from jax_fp8gemm.launch import launch
+from jax_fp8gemm.processes import launch
 
 SHAPES_HELP = "MxNxK, such as 64x2112x7168, or a file with one of these on each line (# starts a comment)"
 

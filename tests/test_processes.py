@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jax_fp8gemm import __main__ as cli
-from jax_fp8gemm import launch as launcher
-from jax_fp8gemm.launch import launch
+from jax_fp8gemm import processes as launcher
+from jax_fp8gemm.processes import launch
 
 HEAD = """
 import os, signal, sys, time
