@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from examples.deepseek import precision
 from examples.deepseek.mesh import EXPERT, TENSOR, Layout, param_specs, without_data
 from examples.deepseek.precision import Ops, swiglu
-from examples.deepseek.rows import collect, copies, in_blocks, sort_by_expert
+from examples.deepseek.rows import combine, copies, in_blocks, sort_by_expert
 from jax_fp8gemm import (
     ScaledArray,
     fp8_gemm,
@@ -157,4 +157,4 @@ def apply_experts_masked(x, experts, weights, gate_up, down, ops: InferenceOps, 
     rows = jax.tree.map(in_groups, copies(x, by_expert.of_tokens))
     out = ops.masked_feed_forward(rows, gate_up, down, by_expert.sizes)
     weights = copies(weights.reshape(-1, 1), by_expert.of_slots)
-    return collect(weights * out.reshape(len(weights), -1), by_expert.of_tokens), by_expert.sizes
+    return combine(out.reshape(len(weights), -1), weights, by_expert.of_tokens), by_expert.sizes

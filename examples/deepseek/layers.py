@@ -18,7 +18,7 @@ from examples.deepseek import dispatch
 from examples.deepseek.config import Config
 from examples.deepseek.mesh import DATA, EXPERT, TENSOR, TOKENS, Layout
 from examples.deepseek.precision import Ops
-from examples.deepseek.rows import collect, sort_by_expert, spread
+from examples.deepseek.rows import combine, sort_by_expert, spread
 
 
 class Routing(NamedTuple):
@@ -153,7 +153,7 @@ def apply_experts(x, experts, weights, gate_up, down, ops: Ops, capacity=None):
     by_expert = sort_by_expert(experts, gate_up.shape[0], capacity)
     out = ops.ragged_feed_forward(spread(x, by_expert.of_tokens), gate_up, down, by_expert.sizes)
     weights = spread(weights.reshape(-1, 1), by_expert.of_slots)
-    return collect(weights * out, by_expert.of_tokens), by_expert.sizes
+    return combine(out, weights, by_expert.of_tokens), by_expert.sizes
 
 
 def route(x, router, bias, config: Config):

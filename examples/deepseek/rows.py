@@ -59,6 +59,24 @@ spread.defvjp(lambda x, rows: (copies(x, rows), (rows, jax.tree.map(lambda leaf:
 collect.defvjp(lambda y, rows: (collect(y, rows), (rows, y[:0])), _collect_backward)
 
 
+@jax.custom_vjp
+def combine(y: jax.Array, weights: jax.Array, rows: Rows) -> jax.Array:
+    """y [R, D] times weights [R, 1], collected: [T, D] f32.
+
+    The backward pass keeps y in its own dtype, where that of a product in f32 would keep it as f32.
+    """
+    return collect(weights * y, rows)
+
+
+def _combine_backward(kept, d_out):
+    y, weights, rows = kept
+    d_rows = copies(d_out, rows)
+    return (weights * d_rows).astype(y.dtype), jnp.sum(y * d_rows, axis=-1, keepdims=True), None
+
+
+combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+
+
 def copies(x: Any, rows: Rows, fill: int = 0) -> Any:
     """`spread` of each array of a tree, without a gradient, and with `fill` where a row is of no token."""
     return jax.tree.map(lambda leaf: leaf.at[rows.token].get(mode="fill", fill_value=fill), x)
