@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +255,24 @@ def test_no_sum_of_a_step_depends_on_an_order():
     scatters = re.findall(r'"stablehlo\.scatter".*?unique_indices = (\w+)', program, re.S)
     assert scatters == ["true"] * len(scatters)
     assert len(scatters) > 0, "the inverse of the order by experts"
+
+
+def test_an_unrolled_model_is_the_same_without_a_loop(corpus):
+    sequences = first_batch(corpus)
+    state = step.init(TINY, seed=0)
+    found, products = [], []
+    for unroll in (False, True):
+        tiny = dataclasses.replace(TINY, unroll=unroll)
+        loss = partial(model.loss, config=tiny, ops=precision.ops("f32"))
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(state.params, state.bias, sequences)
+        found.append(run.compile()(state.params, state.bias, sequences))
+        products.append(run.as_text().count("stablehlo.dot_general"))
+    ((loop, _), of_loop), ((written_out, _), gradient) = found
+    assert products[1] > products[0]
+    # The same sums, which XLA may add up in another order: at most 256 terms each, through 3 layers and back.
+    np.testing.assert_allclose(written_out, loop, rtol=256 * 2.0**-24)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_loop), strict=True):
+        np.testing.assert_allclose(got, expected, atol=6 * 256 * 2.0**-24 * float(jnp.abs(expected).max()))
 
 
 # ---- training

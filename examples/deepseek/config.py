@@ -33,6 +33,7 @@ class Config:
       bias_speed: how far a step moves the bias of an expert that has too many or too few tokens.
       attention: "xla", or "cudnn", which needs a GPU and heads that its kernel takes.
       remat: keep only the results of GEMMs of a layer, and compute the rest again in the backward pass.
+      unroll: write the loops over layers out: nothing that a layer keeps is copied, for a longer compilation.
       sequence, batch: tokens of a sequence, sequences of a step.
       steps: of the whole run; the learning rate's schedule spans them.
       warmup: steps until the learning rate has its peak; it falls from there to a tenth, as a cosine.
@@ -67,6 +68,7 @@ class Config:
     rope_theta: float = 10_000.0
     capacity_factor: float = 2.0
     attention: str = "xla"
+    unroll: bool = False
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -117,7 +119,7 @@ PRESETS = {
         vocabulary=256, hidden=2048, dense_layers=1, moe_layers=5, heads=8, q_rank=768, kv_rank=256,
         nope_dim=64, rope_dim=64, v_dim=128, dense_intermediate=4096, experts=8, experts_per_token=2,
         shared_experts=1, expert_intermediate=1024, bias_speed=0.005, sequence=1024, batch=16, steps=2000,
-        warmup=100, learning_rate=3e-4, remat=False),
+        warmup=100, learning_rate=3e-4, remat=False, unroll=True),
     # DeepSeek-V3: 671 billion parameters, 37 billion of them active.
     "v3": Config(
         vocabulary=129_280, hidden=7168, dense_layers=3, moe_layers=58, heads=128, q_rank=1536, kv_rank=512,

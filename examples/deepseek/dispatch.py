@@ -1,11 +1,11 @@
 """Expert parallelism: tokens travel to the devices that have their experts, and the results travel back.
 
 Inside of `jax.shard_map`, over the mesh axis of the experts. A token goes once to each device that has any of
-its experts, whatever their number; that device adds up what its experts make of it. Everything about a token,
-its features, their scales, its experts and their weights, is one message, and so is every way one all-to-all:
+its experts, whatever their number; that device adds up what its experts make of it. The ways are these four,
+each one all-to-all of all that there is about a token, or two where the features alone are large:
 
-    forward    tokens as FP8 with their scales there, sums in bf16 back
-    gradient   gradients as FP8 with their scales there, sums in bf16 back
+    forward    tokens as FP8 with their scales, their experts and weights there; sums in bf16 back
+    gradient   gradients as FP8 with their scales there; sums in bf16 and the weights' gradients back
 
 A device has the same room for each sender, `Room.tokens`: an all-to-all of blocks of one size, since XLA's
 ragged one is slower by an order of magnitude (`python -m benchmarks.bench_collectives` compares them). What
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,9 @@ from examples.deepseek.rows import Rows, collect, copies
 
 # What `jax.checkpoint_policies` know the messages by that came in.
 MESSAGE_NAME = "message"
+# Bytes of an array that travels by itself: on an H100 the copies into a message and out of it would take as
+# long as one more all-to-all of few bytes.
+LARGE = 8 * 2**20
 _WORD = jnp.uint32
 
 
@@ -101,8 +105,7 @@ def _send_forward(ops, axis, x, weights, experts, rows):
 
 def _send_backward(ops, axis, kept, gradients):
     rows, like_x = kept
-    # Before they are one message: XLA would add the rows of a token up again for every word of it.
-    d_x, d_weights = exchange(lax.optimization_barrier(gradients[:2]), axis)
+    d_x, d_weights = exchange(gradients[:2], axis)
     return collect(d_x, rows).astype(like_x.dtype), collect(d_weights, rows), None, None
 
 
@@ -123,13 +126,23 @@ _fetch.defvjp(_fetch_forward, _fetch_backward)
 
 
 def exchange(message: Any, axis: str) -> Any:
-    """Block i of each array [R, …] of a tree to device i of the mesh axis, in one all-to-all."""
+    """Block i of each array [R, …] of a tree to device i of a mesh axis: large ones alone, others as one."""
+    swap = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
     leaves, tree = jax.tree.flatten(message)
-    words = [_to_words(leaf) for leaf in leaves]
+    is_large = [leaf.size * leaf.dtype.itemsize >= LARGE for leaf in leaves]
+    rest = iter(_as_one(swap, [leaf for leaf, large in zip(leaves, is_large, strict=True) if not large]))
+    return tree.unflatten([swap(leaf) if large else next(rest)
+                           for leaf, large in zip(leaves, is_large, strict=True)])
+
+
+def _as_one(swap, arrays):
+    if not arrays:
+        return []
+    words = [_to_words(x) for x in arrays]
     ends = itertools.accumulate((word.shape[1] for word in words), initial=0)
-    received = lax.all_to_all(jnp.concatenate(words, axis=1), axis, 0, 0, tiled=True)
-    return tree.unflatten([_from_words(received[:, begin:end], leaf)
-                           for (begin, end), leaf in zip(itertools.pairwise(ends), leaves, strict=True)])
+    received = swap(jnp.concatenate(words, axis=1))
+    return [_from_words(received[:, begin:end], x)
+            for (begin, end), x in zip(itertools.pairwise(ends), arrays, strict=True)]
 
 
 def _to_words(x):

@@ -140,8 +140,9 @@ def through_layers(params, bias, x, state, attend, config: Config, ops: Ops, lay
             layer["feed_forward"], bias, normed, config, ops, layout, apply)
         return (x + layout.tokens(out.reshape(x.shape)), state), (kept, routing)
 
-    carry, first = jax.lax.scan(wrap(dense_layer), (x, state), params["dense"])
-    (x, state), (last, routing) = jax.lax.scan(wrap(moe_layer), carry, (params["moe"], bias))
+    scan = partial(jax.lax.scan, unroll=config.unroll)
+    carry, first = scan(wrap(dense_layer), (x, state), params["dense"])
+    (x, state), (last, routing) = scan(wrap(moe_layer), carry, (params["moe"], bias))
     kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, last)
     return x, state, kept, routing
 

@@ -3,8 +3,8 @@
     python tests/gpu/loading_program.py --limit 240
 
 Prints, as JSON, how many rounds there were, how many programs of collectives, and in how many rounds these
-were still under way when the fresh kernel was to be loaded on its devices. Hangs if a kernel is loaded when its
-device cannot answer: then the program ends itself, with all threads' Python stacks.
+were still under way when the fresh kernel was to be loaded on its devices. Hangs if a kernel is loaded when
+its device cannot answer: then the program ends itself, with all threads' Python stacks.
 """
 
 import argparse

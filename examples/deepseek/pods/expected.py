@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from examples.deepseek.config import Config
+from examples.deepseek.dispatch import LARGE
 from examples.deepseek.pods.collectives import ITEM_BYTES, Traffic
 
 BLOCK = 128
@@ -66,23 +67,26 @@ def expert_rows(c: Config, tokens: int, expert: int) -> int:
                math.ceil(c.capacity_factor * tokens * c.experts_per_token))
 
 
-def packed_bytes(c):
-    """A token in FP8: a byte a feature, and a scale for each 128 of them."""
-    return c.hidden + ITEM_BYTES[F32] * math.ceil(c.hidden / BLOCK)
+def packed(c) -> list[tuple[str, int]]:
+    """A token in FP8, (dtype, numbers): its features, and a scale for each 128 of them."""
+    return [(F8, c.hidden), (F32, math.ceil(c.hidden / BLOCK))]
+
+
+def packed_bytes(c) -> int:
+    return sum(ITEM_BYTES[dtype] * columns for dtype, columns in packed(c))
 
 
 def traffic(c: Config, data: int, expert: int) -> dict[str, list[Traffic]]:
     """The collectives of a step, by what they are for."""
     exchange = partial(_exchange, c, data, expert)
     # Experts and weights go with the tokens; the weights' gradients come back with those of the tokens.
-    packed, exact = packed_bytes(c), ITEM_BYTES[BF16] * c.hidden
-    numbers = ITEM_BYTES[F32] * c.experts_per_token
+    sums, weights, experts = (BF16, c.hidden), (F32, c.experts_per_token), (S32, c.experts_per_token)
     table = c.vocabulary * c.hidden
     purposes = {
         "weights, FP8": [*_gathered_weights(c, expert)],
         "embedding and head, bf16": [("all-gather", BF16, table, ("data",), 1)] * 2,
-        "tokens to experts, FP8": [exchange(packed + 2 * numbers), exchange(packed)],
-        SUMS: [exchange(exact), exchange(exact + numbers)],
+        "tokens to experts, FP8": [*exchange(*packed(c), weights, experts), *exchange(*packed(c))],
+        SUMS: [*exchange(sums), *exchange(sums, weights)],
         "gradients of matrices, f32": [*_reduced_gradients(c, data, expert)],
         "gradients of embedding and head": [("all-reduce", F32, table, ("data", "expert"), 1),
                                             ("all-reduce", BF16, table, ("data", "expert"), 1)],
@@ -100,9 +104,17 @@ def _on(sizes, kind, dtype, elements, axes, times):
     return Traffic(kind, dtype, elements, axes, math.prod(sizes[axis] for axis in axes), times)
 
 
-def _exchange(c, data, expert, row_bytes):
+def _exchange(c, data, expert, *arrays):
+    """Of one way, (dtype, numbers of a token) of what travels: large arrays alone, the rest in words."""
     rows = message_rows(c, device_tokens(c, data, expert), expert)
-    return "all-to-all", U32, rows * row_bytes // ITEM_BYTES[U32], ("expert",), c.moe_layers
+    rest = 0
+    for dtype, columns in arrays:
+        if rows * columns * ITEM_BYTES[dtype] >= LARGE:
+            yield "all-to-all", dtype, rows * columns, ("expert",), c.moe_layers
+        else:
+            rest += rows * columns * ITEM_BYTES[dtype]
+    if rest:
+        yield "all-to-all", U32, rest // ITEM_BYTES[U32], ("expert",), c.moe_layers
 
 
 def _of_layers(c) -> Iterator[tuple[int, int, int]]:
