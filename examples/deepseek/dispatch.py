@@ -97,7 +97,7 @@ def fetch(ops: Ops, axis: str, y, rows: Rows):
 
 
 def _send_forward(ops, axis, x, weights, experts, rows):
-    message = copies((ops.pack(x), weights), rows), copies(experts, rows, fill=-1)
+    message = _copied((ops.pack(x), weights), rows), copies(experts, rows, fill=-1)
     received = exchange(message, axis)
     (packed, weights), experts = jax.tree.map(lambda leaf: checkpoint_name(leaf, MESSAGE_NAME), received)
     return (ops.unpack(packed, x.dtype), weights, experts), (rows, x[:0])
@@ -115,7 +115,7 @@ def _fetch_forward(ops, axis, y, rows):
 
 def _fetch_backward(ops, axis, kept, d_out):
     rows, like_y = kept
-    packed = exchange(copies(ops.pack(d_out.astype(like_y.dtype)), rows), axis)
+    packed = exchange(_copied(ops.pack(d_out.astype(like_y.dtype)), rows), axis)
     return ops.unpack(packed, like_y.dtype), None
 
 
@@ -145,8 +145,14 @@ def _as_one(swap, arrays):
             for (begin, end), x in zip(itertools.pairwise(ends), arrays, strict=True)]
 
 
+def _copied(message, rows):
+    """`copies` of words: those of bytes are slow on a GPU."""
+    words = copies(jax.tree.map(_to_words, message), rows)
+    return jax.tree.map(_from_words, words, message)
+
+
 def _to_words(x):
-    """[R, C] of any dtype -> [R, W] of 4 bytes each: copies of bytes are slow on a GPU."""
+    """[R, C] of any dtype -> [R, W] of 4 bytes each."""
     size = _WORD.dtype.itemsize // x.dtype.itemsize
     if x.shape[1] % size:
         raise ValueError(f"exchange: expected rows of whole words of 4 bytes, got {x.shape[1]} columns of "
