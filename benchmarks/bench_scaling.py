@@ -110,13 +110,6 @@ def add_efficiency(rows: list[dict[str, Any]]) -> None:
             row["efficiency"] = round(alone[row["precision"]] / row["median_us"], 4)
 
 
-def mean_split(row: Mapping[str, Any]) -> dict[str, float]:
-    """The mean over the devices of a row; empty where the kernels were not recorded."""
-    of_devices = row["split"]
-    return {part: sum(each[part] for each in of_devices) / len(of_devices)
-            for part in (of_devices[0] if of_devices else ()) if part != "device"}
-
-
 def print_table(report: Mapping[str, Any]) -> None:
     print(f"\n{report['gpu']}: a step of {report['config']}, ms; tokens per second and GPU")
     print(f"{'':>5}{'GPUs':>5}{'step':>9}{'tokens/s':>10}{'efficiency':>11}{'dropped':>9}  |"
@@ -125,7 +118,7 @@ def print_table(report: Mapping[str, Any]) -> None:
         efficiency = f"{row['efficiency']:.1%}" if "efficiency" in row else "-"
         print(f"{row['precision']:>5}{row['devices']:>5}{row['median_us'] / 1e3:>9.2f}"
               f"{row['tokens_per_s_per_device']:>10.0f}{efficiency:>11}{row['dropped']:>9.2%}  |", end="")
-        parts = mean_split(row)
+        parts = timeline.mean_split(row)
         print("".join(f"{parts[part] / 1e3:>14.2f}" if parts else f"{'-':>14}"
                       for part in (*plot.STEP_PARTS, "communication")))
 
@@ -144,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="fields of the configuration to replace; `batch` and `experts` are of one GPU")
     parser.add_argument("--repeats", type=positive, default=10, help="samples per row (default 10)")
     parser.add_argument("--steps", type=positive, default=5, help="steps of a sample (default 5)")
+    parser.add_argument("--no-profile", action="store_true", help="times alone, not what they go to")
     parser.add_argument("--out", type=pathlib.Path,
                         help="JSON file (default benchmarks/results/scaling-<GPU>.json)")
     args = parser.parse_args(arguments)
@@ -167,8 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
         report["rows"].append(row)
         add_efficiency(report["rows"])
         environment.write(out, report)  # before the profiler has its turn
-        row |= profile(training)
-        environment.write(out, report)
+        if not args.no_profile:
+            row |= profile(training)
+            environment.write(out, report)
     environment.write(out, report | {"complete": True})
     print_table(report)
     for figure in plot.render(report, out.parent, out.stem):

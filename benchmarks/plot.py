@@ -133,7 +133,8 @@ def scaling(report: Mapping[str, Any]) -> plt.Figure:
     times.plot(range(len(rows)), medians, "k_", markersize=30, label="step, not profiled")
     times.set_xticks(range(len(rows)), [f"{row['precision']}\n{row['devices']}" for row in rows])
     times.set(xlabel="precision, GPUs", ylabel="ms", title=f"A training step, {report['gpu']}")
-    times.legend(fontsize="small")
+    times.set_ylim(top=1.35 * max(*bottom, *medians))  # room for the legend
+    times.legend(fontsize="small", ncols=2, loc="upper left")
     for precision in dict.fromkeys(row["precision"] for row in rows):
         points = [(row["devices"], row["efficiency"]) for row in rows
                   if row["precision"] == precision and "efficiency" in row]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import environment
+from benchmarks.timeline import mean_split
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 _OURS = "fp8_gemm"
@@ -74,7 +75,7 @@ LAYOUTS = {
 
 
 _BF16_TITLES = {"bf16": "`jnp.dot`", "ragged_dot": "`lax.ragged_dot`", "tokamax": "tokamax"}
-KINDS = (*LAYOUTS, "training")
+KINDS = (*LAYOUTS, "training", "scaling")
 
 
 def markers(kind: str) -> tuple[str, str]:
@@ -133,7 +134,8 @@ def table(report: Mapping[str, Any]) -> str:
     Raises:
       ValueError: the report has no row with kernel times for the table.
     """
-    return training_table(report) if report["kind"] == "training" else gemm_table(report)
+    others = {"training": training_table, "scaling": scaling_table}
+    return others.get(report["kind"], gemm_table)(report)
 
 
 def training_table(report: Mapping[str, Any]) -> str:
@@ -161,6 +163,22 @@ def _training_row(row: Mapping[str, Any]) -> str:
     ])
 
 
+def scaling_table(report: Mapping[str, Any]) -> str:
+    """Steps of training on several GPUs, and what their time goes to; of that the mean of the GPUs."""
+    parts = {"gemm": "GEMMs", "quantize": "quantisation", "other": "other kernels",
+             "exposed": "communication alone", "idle": "idle", "communication": "communication in all"}
+    columns = ("precision", "GPUs", "step ms", "tokens/s and GPU", "efficiency", *parts.values())
+    lines = [f"{_machine(report)} Wall time, median of {report['repeats']} samples of {report['steps']} "
+             "steps; its parts from profiled steps.", "", _line([*columns]), "|" + "---:|" * len(columns)]
+    for row in report["rows"]:
+        split = mean_split(row)
+        lines.append(_line([
+            row["precision"], str(row["devices"]), f"{row['median_us'] / 1e3:.1f}",
+            f"{row['tokens_per_s_per_device']:,.0f}", f"{row['efficiency']:.1%}",
+            *(f"{split[part] / 1e3:.1f}" if split else "-" for part in parts)]))
+    return "\n".join(lines) + "\n"
+
+
 def gemm_table(report: Mapping[str, Any]) -> str:
     """GEMMs of one kind against their peers."""
     layout = LAYOUTS[report["kind"]]
@@ -182,8 +200,12 @@ def gemm_table(report: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any]) -> str:
-    return (f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}. "
+    return (f"{_machine(report)} "
             f"Kernel time, cold L2, median of {report['repeats']} interleaved runs in one process.")
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    return f"{report['gpu']}, driver {report['driver']}, {_versions(report)}, {report['date'][:10]}."
 
 
 def _means(report: Mapping[str, Any], layout: Layout) -> list[str]:
@@ -222,7 +244,7 @@ def main() -> int:
         type=pathlib.Path,
         nargs="?",
         default=environment.RESULTS / "dense-nvidia-h200.json",
-        help="JSON file of bench_dense, bench_grouped or bench_training",
+        help="JSON file of bench_dense, bench_grouped, bench_training or bench_scaling",
     )
     parser.add_argument("--readme", type=pathlib.Path, default=README)
     arguments = parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.timing import Activity
@@ -90,6 +90,13 @@ def _split_device(activities, steps):
     nanoseconds["idle"] = whole - sum(nanoseconds.values())
     nanoseconds |= {"communication": length(of_kind["communication"]), "step": whole}
     return {part: round(time / steps / 1e3, 2) for part, time in nanoseconds.items()}
+
+
+def mean_split(row: Mapping[str, Any]) -> dict[str, float]:
+    """The mean over the devices of a row's `split`; empty where the kernels were not recorded."""
+    of_devices = row["split"]
+    return {part: sum(each[part] for each in of_devices) / len(of_devices)
+            for part in (of_devices[0] if of_devices else ()) if part != "device"}
 
 
 def longest_kernels(activities: Sequence[Activity], steps: int) -> dict[str, float]:

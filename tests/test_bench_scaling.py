@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # last, as in test_benchmarks.py
 
-from benchmarks import bench_collectives, bench_scaling, plot, timeline
+from benchmarks import bench_collectives, bench_scaling, plot, readme_table, timeline
 from benchmarks.timing import Activity
 
 NCCL = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
@@ -119,6 +119,22 @@ def test_the_table_and_the_figure_of_a_split(capsys):
     assert heights == [7.0, 1.0, 2.0, 1.0, 0.5]  # of the slower device
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[2, 0.8]]
     plot.plt.close(figure)
+
+
+def test_the_table_of_the_readme():
+    parts = {"gemm": 5e3, "quantize": 1e3, "other": 2e3, "exposed": 1e3, "idle": 500.0}
+    row = {"precision": "fp8", "devices": 2, "median_us": 9000.0, "tokens_per_s_per_device": 123456.7,
+           "efficiency": 0.8, "split": [{"device": 0, **parts, "communication": 3e3, "step": 9.5e3},
+                                        {"device": 1, **parts, "communication": 1e3, "step": 9.5e3}]}
+    report = {"kind": "scaling", "gpu": "NVIDIA H100", "driver": "580", "versions": {"jax": "0.11.2"},
+              "date": "2026-11-27T00:00:00+00:00", "repeats": 6, "steps": 5,
+              "rows": [row, row | {"split": []}]}
+    head, _, titles, _, *rows = readme_table.table(report).splitlines()
+    assert head == ("NVIDIA H100, driver 580, JAX 0.11.2, 2026-11-27. Wall time, median of 6 samples of 5 "
+                    "steps; its parts from profiled steps.")
+    assert rows == ["| fp8 | 2 | 9.0 | 123,457 | 80.0% | 5.0 | 1.0 | 2.0 | 1.0 | 0.5 | 2.0 |",
+                    "| fp8 | 2 | 9.0 | 123,457 | 80.0% | - | - | - | - | - | - |"]
+    assert titles.count("|") == rows[0].count("|")
 
 
 def test_more_devices_than_there_are(cpus, capsys):

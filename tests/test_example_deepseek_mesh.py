@@ -43,6 +43,15 @@ def draw_experts(rng, tokens, k, num_experts):
     return np.stack([rng.permutation(num_experts)[:k] for _ in range(tokens)]).astype(np.int32)
 
 
+@pytest.mark.parametrize(("axis", "stride"), [("tensor", 1), ("data", 2), ("expert", 4)])
+def test_devices_of_a_host_are_neighbours_along_tensor_then_data(axis, stride):
+    """Each in its place: 0, 1, 2, … go along `tensor` first."""
+    devices = layout(2, 2, 2).mesh
+    idx = devices.axis_names.index(axis)
+    ids = np.vectorize(lambda device: device.id)(devices.devices)
+    np.testing.assert_array_equal(np.diff(ids, axis=idx), stride)
+
+
 # ---- rows
 
 

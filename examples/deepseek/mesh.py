@@ -77,20 +77,22 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
               ) -> Mesh:
     """A mesh of the first data * expert * tensor devices.
 
-    Devices of one host stand next to each other along `tensor` first, then along `expert`: what communicates
-    most is nearest.
+    Devices of one host stand next to each other along `tensor` first, then along `data`, so that gathers of
+    weights and sums of their gradients may stay within a host. Tokens leave it where experts are on several.
 
     Raises:
       ValueError: there are not as many devices, or several processes would have some that are left over.
     """
-    devices, sizes = list(devices or jax.devices()), (data, expert, tensor)
-    if jax.process_count() > 1 and math.prod(sizes) != len(devices):
+    devices, sizes = list(devices or jax.devices()), {EXPERT: expert, DATA: data, TENSOR: tensor}
+    count = math.prod(sizes.values())
+    if jax.process_count() > 1 and count != len(devices):
         raise ValueError(f"mesh: expected all {len(devices)} devices of {jax.process_count()} processes, got "
                          f"data={data} expert={expert} tensor={tensor}")
-    if min(sizes) < 1 or math.prod(sizes) > len(devices):
+    if min(sizes.values()) < 1 or count > len(devices):
         raise ValueError(f"mesh: expected sizes of at least 1 and at most {len(devices)} devices, got "
                          f"data={data} expert={expert} tensor={tensor}")
-    return jax.make_mesh(sizes, AXES, devices=devices[:math.prod(sizes)], axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count],
+                         axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def check(config: Config, mesh: Mesh) -> None:

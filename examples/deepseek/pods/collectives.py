@@ -34,7 +34,7 @@ class Traffic:
       kind: of `KINDS`.
       dtype: as XLA writes it.
       elements: of the whole array: once it is gathered, before it is scattered, that is summed or exchanged.
-      axes: of the mesh, those that the devices of a group differ in.
+      axes: of the mesh, by name, those that the devices of a group differ in.
       devices: of a group.
       times: that a step runs it.
     """
@@ -102,7 +102,8 @@ def _read_line(line, result, kind, times, mesh) -> Iterator[Found]:
     if len(devices) == 1:
         return
     coordinates = np.unravel_index(devices, tuple(mesh.values()))
-    axes = tuple(axis for axis, index in zip(mesh, coordinates, strict=True) if len(set(index.tolist())) > 1)
+    axes = tuple(sorted(
+        axis for axis, index in zip(mesh, coordinates, strict=True) if len(set(index.tolist())) > 1))
     if math.prod(mesh[axis] for axis in axes) != len(devices):
         raise ValueError(f"collectives: expected groups along whole axes of {dict(mesh)}, got {devices} in "
                          f"{line.strip()}")

@@ -38,11 +38,10 @@ class Change(NamedTuple):
 # One after the other, each with those before it.
 CHANGES = (
     Change("as compiled", {}, {}),
-    Change("devices of `data` in one node", {}, {"nearest": "data"}),
     Change("room for 1.25 times the mean, not 2", {"capacity_factor": 1.25}, {}),
     Change("sums from experts in FP8", {}, {"sums_in_fp8": True}),
     Change("four sequences a device", {"sequences": 4}, {}),
-    Change("devices of `expert` in one node again, and a token on at most 4 nodes", {},
+    Change("devices of `expert` in one node, and a token on at most 4 nodes", {},
            {"nearest": "expert", "nodes_of_token": 4}),
 )
 

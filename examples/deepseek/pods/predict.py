@@ -152,12 +152,12 @@ class Step:
         return max(self.compute, self.nvlink, self.network)
 
 
-def predict(c: Config, data: int, expert: int, rates: Rates, *, nearest: str = "expert",
+def predict(c: Config, data: int, expert: int, rates: Rates, *, nearest: str = "data",
             sums_in_fp8: bool = False, nodes_of_token: int | None = None) -> Step:
     """A step as it is compiled, or with what is not there yet.
 
     Args:
-      nearest: the axis of which devices stand next to each other; `mesh.make_mesh` does it along `expert`.
+      nearest: the axis of which devices stand next to each other; `mesh.make_mesh` does it along `data`.
       sums_in_fp8: experts' sums travel as tokens do, in FP8 with scales.
       nodes_of_token: a token has experts on so many nodes, crosses the network once for each, and is copied
         over NVLink there.
