@@ -6,8 +6,8 @@
 The model of examples/deepseek, its routed experts divided over the mesh axis `expert`. A GPU has the same
 work whatever their number: `batch` sequences and `experts` routed experts of the configuration are those of
 one GPU, so that with the GPUs the batch grows, and the model. Were the model the same, each GPU would have
-fewer experts to update, and would look faster than it scales. Tokens are random, evenly, as the router's
-load is once training has balanced it; what found no room is in the report.
+fewer experts to update, and would look faster than it scales. Tokens are random, and so go to all experts
+evenly; text does so late in training at best. What found no room is in the report.
 
 Writes benchmarks/results/scaling-<GPU>.json after every row, and a figure beside it.
 """
@@ -86,11 +86,11 @@ def measure(training: Training, num_devices: int, repeats: int, steps: int) -> d
 
 
 def profile(training: Training) -> dict[str, Any]:
-    """What a step's time goes to on each device, and its longest kernels; of a GPU with PyTorch alone."""
+    """What a step's time goes to on each device, and its longest kernels; takes a GPU, and PyTorch."""
     import jax
 
     if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
-        return {"split": [], "kernels_us": {}}
+        return {}
 
     def work():
         for _ in range(PROFILED_STEPS):
@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="fields of the configuration to replace; `batch` and `experts` are of one GPU")
     parser.add_argument("--repeats", type=positive, default=10, help="samples per row (default 10)")
     parser.add_argument("--steps", type=positive, default=5, help="steps of a sample (default 5)")
-    parser.add_argument("--no-profile", action="store_true", help="times alone, not what they go to")
+    parser.add_argument("--profile", nargs="*", default=PRECISIONS, choices=PRECISIONS,
+                        help="of which what a step's time goes to is recorded, too (default both)")
     parser.add_argument("--out", type=pathlib.Path,
                         help="JSON file (default benchmarks/results/scaling-<GPU>.json)")
     args = parser.parse_args(arguments)
@@ -157,11 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     for precision, count in (bar := tqdm.tqdm(rows, desc="measuring")):
         bar.set_postfix_str(f"{precision}, {count}")
         training = Training(config, precision, devices[:count])
-        row = {"precision": precision, **measure(training, count, args.repeats, args.steps), "split": []}
+        row = {"precision": precision, **measure(training, count, args.repeats, args.steps),
+               "split": [], "kernels_us": {}}
         report["rows"].append(row)
         add_efficiency(report["rows"])
         environment.write(out, report)  # before the profiler has its turn
-        if not args.no_profile:
+        if precision in args.profile:
             row |= profile(training)
             environment.write(out, report)
     environment.write(out, report | {"complete": True})

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import environment
+from benchmarks.timeline import mean_split
 
 # Ceilings of the roofline: FP8 tensor cores by the data sheet, memory by the data sheet.
 CEILINGS = {"NVIDIA H200": (1979e12, 4.8e12), "NVIDIA H100 80GB HBM3": (1979e12, 3.35e12)}
@@ -40,7 +41,7 @@ KINDS = ("dense", "grouped", "scaling")  # of reports
 # Of a step, from the bottom of a bar to its top, and their colors.
 STEP_PARTS = {"gemm": "#d1495b", "quantize": "#edae49", "other": "#8d96a3", "exposed": "#00798c",
               "idle": "#dddddd"}
-_LABELS = {"exposed": "communication, not overlapped"}
+_LABELS = {"exposed": "exposed communication"}
 # A figure of bars shows all rows of a dense report, and the rows with one of these tags of a grouped one.
 GROUPED_FIGURES = ("contiguous", "masked", "ragged_k", "small_experts", "ragged_dot")
 
@@ -120,11 +121,11 @@ def bars(report: Mapping[str, Any], tag: str | None = None) -> plt.Figure:
 
 
 def scaling(report: Mapping[str, Any]) -> plt.Figure:
-    """What a step's time goes to on the slowest device of each row, and the efficiency of the rows."""
+    """What a step's time goes to, the mean of the devices of each row, and the efficiency of the rows."""
     figure, (times, efficiency) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     rows = report["rows"]
     bottom = np.zeros(len(rows))
-    of_rows = [max(row["split"], key=lambda each: each["step"], default={}) for row in rows]
+    of_rows = [mean_split(row) for row in rows]
     for part, color in STEP_PARTS.items():
         heights = np.array([each.get(part, 0.0) for each in of_rows]) / 1e3
         times.bar(range(len(rows)), heights, 0.7, bottom, color=color, label=_LABELS.get(part, part))

@@ -2,6 +2,7 @@
 
 python -m benchmarks.readme_table                          # the dense result in benchmarks/results
 python -m benchmarks.readme_table benchmarks/results/grouped-nvidia-h200.json
+python -m benchmarks.readme_table benchmarks/results/scaling-nvidia-h100-80gb-hbm3.json
 """
 
 from __future__ import annotations
@@ -166,15 +167,17 @@ def _training_row(row: Mapping[str, Any]) -> str:
 def scaling_table(report: Mapping[str, Any]) -> str:
     """Steps of training on several GPUs, and what their time goes to; of that the mean of the GPUs."""
     parts = {"gemm": "GEMMs", "quantize": "quantisation", "other": "other kernels",
-             "exposed": "communication alone", "idle": "idle", "communication": "communication in all"}
+             "exposed": "exposed communication", "idle": "idle", "communication": "communication"}
     columns = ("precision", "GPUs", "step ms", "tokens/s and GPU", "efficiency", *parts.values())
     lines = [f"{_machine(report)} Wall time, median of {report['repeats']} samples of {report['steps']} "
-             "steps; its parts from profiled steps.", "", _line([*columns]), "|" + "---:|" * len(columns)]
+             "steps; its parts, ms, from profiled steps, the mean of the GPUs.",
+             "", _line([*columns]), "|" + "---:|" * len(columns)]
     for row in report["rows"]:
         split = mean_split(row)
         lines.append(_line([
             row["precision"], str(row["devices"]), f"{row['median_us'] / 1e3:.1f}",
-            f"{row['tokens_per_s_per_device']:,.0f}", f"{row['efficiency']:.1%}",
+            f"{row['tokens_per_s_per_device']:,.0f}",
+            f"{row['efficiency']:.1%}" if "efficiency" in row else "-",
             *(f"{split[part] / 1e3:.1f}" if split else "-" for part in parts)]))
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from jax_fp8gemm.interop import from_qarray, to_qarray
 from jax_fp8gemm.jit.settings import limit_sms
 from jax_fp8gemm.moe import permute, unpermute
 from jax_fp8gemm.prepared import PreparedWeight, prepare
-from jax_fp8gemm.primitives import export_checks, save_gemms
+from jax_fp8gemm.primitives import export_checks, save_dense_gemms, save_gemms
 from jax_fp8gemm.quantize import dequantize, quantize, quantize_swiglu, quantize_transposed
 from jax_fp8gemm.quantize_training import quantize_both, quantize_swiglu_backward, quantize_weights
 from jax_fp8gemm.scaling import ScaledArray, ragged_k_size, register_flax_serialization
@@ -53,6 +53,7 @@ __all__ = [
     "ragged_feed_forward",
     "ragged_k_size",
     "register_flax_serialization",
+    "save_dense_gemms",
     "save_gemms",
     "to_qarray",
     "unpermute",

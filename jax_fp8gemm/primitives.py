@@ -175,6 +175,14 @@ def save_gemms(primitive, *_, **__) -> bool:
     return primitive in PRIMITIVES.values()
 
 
+def save_dense_gemms(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: keep the results of dense GEMMs; compute those of grouped ones again.
+
+    What experts make of tokens is most of what a layer keeps with `save_gemms`.
+    """
+    return primitive is gemm_p
+
+
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export.export(..., disabled_checks=)` needs to let the kernels through."""
     return [jax.export.DisabledSafetyCheck.custom_call(ffi.TARGET)]

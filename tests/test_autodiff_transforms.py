@@ -26,6 +26,7 @@ from jax_fp8gemm import (
     prepare,
     ragged_dot,
     ragged_feed_forward,
+    save_dense_gemms,
     save_gemms,
 )
 from jax_fp8gemm.scaling import FLOAT8_DTYPES
@@ -117,6 +118,7 @@ def test_what_is_kept_is_fp8(rng, name):
 POLICIES = {
     "nothing": None,
     "save_gemms": save_gemms,
+    "save_dense_gemms": save_dense_gemms,
     "results, by name": checkpoint_policies.save_only_these_names(GEMM_NAME),
     "results and kept tensors, by name": checkpoint_policies.save_only_these_names(GEMM_NAME, RESIDUAL_NAME),
 }
@@ -130,7 +132,8 @@ def test_remat_computes_again_what_the_policy_does_not_keep(rng, name, policy):
     plain, remat = (jax.make_jaxpr(gradient(name, wrap=wrap))(x, weights)
                     for wrap in (lambda layer: layer, partial(jax.checkpoint, policy=POLICIES[policy])))
     assert len(gemms(plain)) == 3 * num_forward
-    assert len(gemms(remat)) == (4 if policy == "nothing" else 3) * num_forward
+    runs_again = policy == "nothing" or (policy == "save_dense_gemms" and name.startswith("ragged"))
+    assert len(gemms(remat)) == (4 if runs_again else 3) * num_forward
     more = len(quantisations(remat)) - len(quantisations(plain))
     assert more == 0 if policy == "results and kept tensors, by name" else more > 0
 

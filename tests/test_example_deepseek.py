@@ -1,6 +1,7 @@
 """The DeepSeek-V3-style model of examples/deepseek: its layers, and its training in both precisions."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -258,21 +259,26 @@ def test_no_sum_of_a_step_depends_on_an_order():
     assert len(scatters) > 0, "the inverse of the order by experts"
 
 
-def test_an_unrolled_model_is_the_same_without_a_loop(corpus):
-    sequences = first_batch(corpus)
-    state = step.init(TINY, seed=0)
-    found, products = [], []
-    for unroll in (False, True):
-        tiny = dataclasses.replace(TINY, unroll=unroll)
-        loss = partial(model.loss, config=tiny, ops=precision.ops("f32"))
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(state.params, state.bias, sequences)
-        found.append(run.compile()(state.params, state.bias, sequences))
-        products.append(run.as_text().count("stablehlo.dot_general"))
-    ((loop, _), of_loop), ((written_out, _), gradient) = found
-    assert products[1] > products[0]
-    # The same sums, which XLA may add up in another order: at most 256 terms each, through 3 layers and back.
-    np.testing.assert_allclose(written_out, loop, rtol=256 * 2.0**-24)
-    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_loop), strict=True):
+@functools.cache
+def of_sequences(sequences, **changes):
+    """The loss, its gradient, and the program's text."""
+    tiny, state = dataclasses.replace(TINY, **changes), step.init(TINY, seed=0)
+    loss = partial(model.loss, config=tiny, ops=precision.ops("f32"))
+    args = state.params, state.bias, np.frombuffer(sequences, np.int32).reshape(TINY.batch, -1)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*args)
+    (value, _), gradient = run.compile()(*args)
+    return value, gradient, run.as_text()
+
+
+@pytest.mark.parametrize("name", ["unroll", "remat_experts"])
+def test_how_a_model_is_compiled_changes_nothing_but_the_order_of_sums(corpus, name):
+    sequences = first_batch(corpus).astype(np.int32).tobytes()
+    value, gradient, program = of_sequences(sequences, **{name: True})
+    expected_value, expected_gradient, other = of_sequences(sequences)
+    assert program != other
+    # Of at most 256 terms each, through 3 layers and back.
+    np.testing.assert_allclose(value, expected_value, rtol=256 * 2.0**-24)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(got, expected, atol=6 * 256 * 2.0**-24 * float(jnp.abs(expected).max()))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from examples.deepseek import config, dispatch, layers, mesh, model, precision, rows, step
+from examples.deepseek import arguments, config, dispatch, layers, mesh, model, precision, rows, step
 from meshes import collectives as collectives_of
 
 TINY = dataclasses.replace(config.load("tiny"), batch=8)
@@ -43,13 +43,18 @@ def draw_experts(rng, tokens, k, num_experts):
     return np.stack([rng.permutation(num_experts)[:k] for _ in range(tokens)]).astype(np.int32)
 
 
-@pytest.mark.parametrize(("axis", "stride"), [("tensor", 1), ("data", 2), ("expert", 4)])
-def test_devices_of_a_host_are_neighbours_along_tensor_then_data(axis, stride):
-    """Each in its place: 0, 1, 2, … go along `tensor` first."""
-    devices = layout(2, 2, 2).mesh
-    idx = devices.axis_names.index(axis)
-    ids = np.vectorize(lambda device: device.id)(devices.devices)
-    np.testing.assert_array_equal(np.diff(ids, axis=idx), stride)
+def test_the_order_of_axes_says_which_devices_are_neighbours():
+    def ids(order):
+        """By (data, expert, tensor)."""
+        devices = mesh.make_mesh(2, 2, 2, jax.devices("cpu"), order)
+        assert devices.axis_names == tuple(order)
+        of_order = np.vectorize(lambda device: device.id)(devices.devices)
+        return of_order.transpose([order.index(axis) for axis in mesh.AXES])
+
+    np.testing.assert_array_equal(ids(mesh.AXES).ravel(), np.arange(8))
+    np.testing.assert_array_equal(ids(("expert", "data", "tensor"))[1, 0], [2, 3])
+    pairs = [("expert", 4), ("data", 2)]
+    assert arguments.layout_of(pairs).mesh.axis_names == ("tensor", "expert", "data")
 
 
 # ---- rows
@@ -138,10 +143,10 @@ def test_plan_sends_a_token_once_to_each_device_of_its_experts(rng, room):
     assert (plan.row < 4 * room).sum() == (plan.token < 40).sum()
 
 
-@pytest.mark.parametrize(("large", "count"), [(dispatch.LARGE, 1), (12 * 12, 2), (1, 4)])
+@pytest.mark.parametrize(("large", "count"), [(dispatch.LARGE_BYTES, 1), (12 * 12, 2), (1, 4)])
 def test_a_message_arrives_with_every_bit(monkeypatch, rng, large, count):
     """Whatever the dtypes of its arrays: large ones in an all-to-all of their own, the rest in one."""
-    monkeypatch.setattr(dispatch, "LARGE", large)
+    monkeypatch.setattr(dispatch, "LARGE_BYTES", large)
 
     def bits(*shape):
         return rng.integers(0, 256, shape).astype(np.uint8)

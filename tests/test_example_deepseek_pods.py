@@ -103,12 +103,19 @@ def test_a_loop_without_a_constant_count_is_refused():
 # ---- the arithmetic, against the compiler
 
 
-def test_a_compiled_step_communicates_and_holds_what_is_expected_to_the_byte():
-    found = compiled.facts(BLOCKS, 2, 4)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_compiled_step_communicates_and_holds_what_is_expected_to_the_byte(again):
+    found = compiled.facts(dataclasses.replace(BLOCKS, remat_experts=again), 2, 4)
     # By hand: of 128 tokens a device has room for 2 * 128 * 2 / 4 from each sender. 4 * 128 rows of 256
     # features, 2 scales, 2 experts and 2 weights there; of sums, and of 2 weights' gradients back.
     assert found["bytes"]["tokens to experts, FP8"] == 3 * 512 * ((256 + 8 + 16) + (256 + 8))
     assert found["bytes"]["sums from experts, bf16"] == 3 * 512 * (512 + (512 + 8))
+    # 512 rows of 2 * 256 gates and 256 results in bf16. Where they are not kept, the weights of 2 experts
+    # come once more, 256 x 512 and 256 x 256, a byte each, and a scale for each 128 x 128.
+    moe = expected.kept_bytes(BLOCKS, 2, 4)["moe"]
+    assert found["kept"]["moe"] == moe - again * 3 * 512 * 2 * (512 + 256)
+    weights = sum(traffic.bytes for traffic in expected.traffic(BLOCKS, 2, 4)["weights, FP8"])
+    assert found["bytes"]["weights, FP8"] == weights + again * 3 * 2 * (256 * 768 + 4 * (8 + 4))
 
 
 def test_what_is_not_expected_is_named():
@@ -148,13 +155,13 @@ def test_tokens_of_v3_by_hand():
         ("f8e4m3fn", 7168), ("f32", 4 * 56), ("u32", 8 * 8), ("f8e4m3fn", 7168), ("f32", 4 * 56)]
 
 
-def test_a_weight_travels_twice_as_a_byte():
+def test_a_weight_travels_twice_as_a_byte_and_that_of_an_expert_three_times():
     weights = expected.traffic(V3, 8, 64)["weights, FP8"]
     values = [traffic for traffic in weights if traffic.dtype == "f8e4m3fn"]
     attention = 7168 * 2112 + 1536 * 24_576 + 512 * 32_768 + 16_384 * 7168
     dense, shared = 3 * 7168 * 18_432, 3 * 7168 * 2048
-    assert sum(traffic.bytes for traffic in values) == 2 * (
-        61 * attention + 3 * dense + 58 * (shared + 4 * shared))
+    assert sum(traffic.bytes for traffic in values) == (
+        2 * (61 * attention + 3 * dense + 58 * shared) + 3 * 58 * 4 * shared)
 
 
 def test_an_axis_of_one_device_carries_nothing():

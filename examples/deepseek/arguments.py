@@ -27,7 +27,8 @@ def positive(text: str) -> int:
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=SIZE", type=named_value,
-                        help="sizes of the mesh axes data, expert and tensor; one device by default")
+                        help="sizes of the mesh axes data, expert and tensor, from far to near: devices of a "
+                             "host differ in the last one; one device by default")
 
 
 def layout_of(pairs: list[tuple[str, Any]]) -> Layout:
@@ -44,4 +45,5 @@ def layout_of(pairs: list[tuple[str, Any]]) -> Layout:
     for name, size in pairs:
         if type(size) is not int:
             raise ValueError(f"--mesh: {name}: expected a whole number, got {size!r}")
-    return Layout(make_mesh(**dict(pairs)))
+    others = [axis for axis in AXES if axis not in names]
+    return Layout(make_mesh(**dict(pairs), order=(*others, *names)))

@@ -33,6 +33,8 @@ class Config:
       bias_speed: how far a step moves the bias of an expert that has too many or too few tokens.
       attention: "xla", or "cudnn", which needs a GPU and heads that its kernel takes.
       remat: keep only the results of GEMMs of a layer, and compute the rest again in the backward pass.
+      remat_experts: with it, compute the results of the routed experts' GEMMs again, too, which are more than
+        half of what layers keep. The experts' work grows by a third; their weights are gathered once more.
       unroll: write the loops over layers out: nothing that a layer keeps is copied, for a longer compilation.
       sequence, batch: tokens of a sequence, sequences of a step.
       steps: of the whole run; the learning rate's schedule spans them.
@@ -68,6 +70,7 @@ class Config:
     rope_theta: float = 10_000.0
     capacity_factor: float = 2.0
     attention: str = "xla"
+    remat_experts: bool = False
     unroll: bool = False
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -125,7 +128,7 @@ PRESETS = {
         vocabulary=129_280, hidden=7168, dense_layers=3, moe_layers=58, heads=128, q_rank=1536, kv_rank=512,
         nope_dim=128, rope_dim=64, v_dim=128, dense_intermediate=18_432, experts=256, experts_per_token=8,
         shared_experts=1, expert_intermediate=2048, bias_speed=0.001, sequence=4096, batch=15_360,
-        steps=235_000, warmup=2000, learning_rate=2.2e-4, remat=True),
+        steps=235_000, warmup=2000, learning_rate=2.2e-4, remat=True, remat_experts=True),
 }
 
 

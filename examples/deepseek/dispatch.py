@@ -2,13 +2,13 @@
 
 Inside of `jax.shard_map`, over the mesh axis of the experts. A token goes once to each device that has any of
 its experts, whatever their number; that device adds up what its experts make of it. The ways are these four,
-each one all-to-all of all that there is about a token, or two where the features alone are large:
+each one all-to-all of all that there is about a token, and one for each array that is large:
 
     forward    tokens as FP8 with their scales, their experts and weights there; sums in bf16 back
     gradient   gradients as FP8 with their scales there; sums in bf16 and the weights' gradients back
 
 A device has the same room for each sender, `Room.tokens`: an all-to-all of blocks of one size, since XLA's
-ragged one is sixty times slower on two H100s (`python -m benchmarks.bench_collectives` compares them). What
+ragged one is 57 to 77 times slower on two H100s (`python -m benchmarks.bench_collectives`). What
 finds no room is left out, and counted: the last tokens of a sender, and the rows of a device's last experts.
 """
 
@@ -29,9 +29,9 @@ from examples.deepseek.rows import Rows, collect, copies
 
 # What `jax.checkpoint_policies` know the messages by that came in.
 MESSAGE_NAME = "message"
-# Bytes of an array that travels by itself: on an H100 the copies into a message and out of it would take as
-# long as one more all-to-all of few bytes.
-LARGE = 8 * 2**20
+# From so many bytes on an array travels alone. To copy it into a message and out of it would take longer than
+# one more all-to-all of few bytes: 13 us at 2.5 TB/s, against what is assumed to be as much.
+LARGE_BYTES = 8 * 2**20
 _WORD = jnp.uint32
 
 
@@ -126,13 +126,16 @@ _fetch.defvjp(_fetch_forward, _fetch_backward)
 
 
 def exchange(message: Any, axis: str) -> Any:
-    """Block i of each array [R, …] of a tree to device i of a mesh axis: large ones alone, others as one."""
+    """Block i of each array [R, …] of a tree to device i of a mesh axis: large ones alone, others as one.
+
+    Raises:
+      ValueError: rows of an array that does not travel alone are no whole words of 4 bytes.
+    """
     swap = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
     leaves, tree = jax.tree.flatten(message)
-    is_large = [leaf.size * leaf.dtype.itemsize >= LARGE for leaf in leaves]
-    rest = iter(_as_one(swap, [leaf for leaf, large in zip(leaves, is_large, strict=True) if not large]))
-    return tree.unflatten([swap(leaf) if large else next(rest)
-                           for leaf, large in zip(leaves, is_large, strict=True)])
+    is_large = lambda x: x.size * x.dtype.itemsize >= LARGE_BYTES
+    others = iter(_as_one(swap, [x for x in leaves if not is_large(x)]))
+    return tree.unflatten([swap(x) if is_large(x) else next(others) for x in leaves])
 
 
 def _as_one(swap, arrays):
@@ -155,7 +158,7 @@ def _to_words(x):
     """[R, C] of any dtype -> [R, W] of 4 bytes each."""
     size = _WORD.dtype.itemsize // x.dtype.itemsize
     if x.shape[1] % size:
-        raise ValueError(f"exchange: expected rows of whole words of 4 bytes, got {x.shape[1]} columns of "
+        raise ValueError(f"dispatch: expected rows of whole words of 4 bytes, got {x.shape[1]} columns of "
                          f"{x.dtype}")
     return lax.bitcast_convert_type(x.reshape(len(x), -1, size) if size > 1 else x, _WORD)
 

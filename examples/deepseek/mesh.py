@@ -73,17 +73,19 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
-def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-              ) -> Mesh:
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None,
+              order: Sequence[str] = AXES) -> Mesh:
     """A mesh of the first data * expert * tensor devices.
 
-    Devices of one host stand next to each other along `tensor` first, then along `data`, so that gathers of
-    weights and sums of their gradients may stay within a host. Tokens leave it where experts are on several.
+    order: the axes from far to near. Devices that stand next to each other in `devices`, as those of one
+    host do, differ in the last one: what communicates most should be there. Where the experts fit on a host
+    that is `expert`, after `tensor`. Where they do not, tokens leave it anyway; with `data` nearer, gathers
+    of weights and sums of their gradients do not.
 
     Raises:
       ValueError: there are not as many devices, or several processes would have some that are left over.
     """
-    devices, sizes = list(devices or jax.devices()), {EXPERT: expert, DATA: data, TENSOR: tensor}
+    devices, sizes = list(devices or jax.devices()), {DATA: data, EXPERT: expert, TENSOR: tensor}
     count = math.prod(sizes.values())
     if jax.process_count() > 1 and count != len(devices):
         raise ValueError(f"mesh: expected all {len(devices)} devices of {jax.process_count()} processes, got "
@@ -91,7 +93,7 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
     if min(sizes.values()) < 1 or count > len(devices):
         raise ValueError(f"mesh: expected sizes of at least 1 and at most {len(devices)} devices, got "
                          f"data={data} expert={expert} tensor={tensor}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:count],
+    return jax.make_mesh(tuple(sizes[axis] for axis in order), tuple(order), devices=devices[:count],
                          axis_types=(AxisType.Auto,) * len(sizes))
 
 

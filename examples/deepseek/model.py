@@ -15,14 +15,9 @@ from examples.deepseek import dispatch, grouped, layers
 from examples.deepseek.config import Config
 from examples.deepseek.mesh import DATA, ONE_DEVICE, TENSOR, Layout
 from examples.deepseek.precision import Ops
-from jax_fp8gemm import save_gemms
+from jax_fp8gemm import save_dense_gemms, save_gemms
 
-# What a rematerialised layer keeps: results of GEMMs, but not the products between tokens in attention; and
-# what came from other devices, so that it travels once.
 _policies = jax.checkpoint_policies
-_KEEP = functools.reduce(_policies.save_from_both_policies, (
-    save_gemms, _policies.save_only_these_names(grouped.GEMM_NAME, dispatch.MESSAGE_NAME),
-    _policies.dots_with_no_batch_dims_saveable))
 
 # Matrices whose products are added to the residual stream.
 _BRANCH_ENDS = ("out", "down", "experts_down", "shared_down")
@@ -106,12 +101,21 @@ def logits(params, bias, tokens, config: Config, ops: Ops, layout: Layout = ONE_
         out, *_ = layers.attention(layer, layers.rms_norm(x, layer["norm"]), config, ops)
         return x + layout.tokens(out), state, None
 
-    remat = partial(jax.checkpoint, policy=_KEEP) if config.remat else lambda layer: layer
+    remat = partial(jax.checkpoint, policy=_kept(config)) if config.remat else lambda layer: layer
     x, _, _, routing = through_layers(params, bias, x, None, attend, config, ops, layout, remat)
     x = layers.rms_norm(x, params["norm"])
     head = layout.constrain(params["head"].astype(ops.dtype), DATA, TENSOR)
     head = layout.constrain(head, None, TENSOR)
     return jnp.dot(x, head, preferred_element_type=jnp.float32), routing
+
+
+def _kept(config):
+    """What a rematerialised layer keeps: results of GEMMs, but not the products between tokens in attention;
+    and what came from other devices, so that it travels once."""
+    products, names = (save_dense_gemms, ()) if config.remat_experts else (save_gemms, (grouped.GEMM_NAME,))
+    return functools.reduce(_policies.save_from_both_policies, (
+        products, _policies.save_only_these_names(dispatch.MESSAGE_NAME, *names),
+        _policies.dots_with_no_batch_dims_saveable))
 
 
 def through_layers(params, bias, x, state, attend, config: Config, ops: Ops, layout: Layout,

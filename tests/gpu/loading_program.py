@@ -1,4 +1,4 @@
-"""Kernels of fresh configurations are compiled and loaded while all GPUs are in collectives.
+"""Kernels of fresh configurations are loaded while all GPUs are in collectives.
 
     python tests/gpu/loading_program.py --limit 240
 
@@ -46,7 +46,8 @@ def main():
         # On all devices, with a sum of its own; or on one, which has its part in the others' sums to do.
         where = mesh if number % 2 == 0 else devices[-1]
         operands, expected = fresh_operands(number, where, len(devices))
-        lowered = jax.jit(partial(fp8_gemm, out_dtype=jnp.float32)).lower(*operands)  # compiles the kernel
+        # Compiles the kernel, before the sums: they are to be under way when it is loaded.
+        lowered = jax.jit(partial(fp8_gemm, out_dtype=jnp.float32)).lower(*operands)
         for _ in range(per_round):
             x = sums(x)
         compiled = lowered.compile()

@@ -34,7 +34,7 @@ class Traffic:
       kind: of `KINDS`.
       dtype: as XLA writes it.
       elements: of the whole array: once it is gathered, before it is scattered, that is summed or exchanged.
-      axes: of the mesh, by name, those that the devices of a group differ in.
+      axes: names of the mesh axes that the devices of a group differ in, sorted.
       devices: of a group.
       times: that a step runs it.
     """

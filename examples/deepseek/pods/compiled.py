@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.deepseek import model, step
 from examples.deepseek.config import Config
-from examples.deepseek.mesh import TOKENS, Layout, check, make_mesh
+from examples.deepseek.mesh import DATA, EXPERT, TENSOR, TOKENS, Layout, check, make_mesh
 from examples.deepseek.pods import collectives, expected
 from examples.deepseek.pods.collectives import Found, Traffic
 
@@ -32,7 +32,7 @@ def facts(config: Config, data: int, expert: int) -> dict[str, Any]:
     Raises:
       ValueError: it is not what `expected` says.
     """
-    layout = Layout(make_mesh(data, expert))
+    layout = Layout(make_mesh(data, expert, order=(EXPERT, DATA, TENSOR)))
     text, arguments = _compile(config, layout)
     by_purpose = match(collectives.read(text, layout.mesh.shape), expected.traffic(config, data, expert))
     found = {"bytes": by_purpose, "state": arguments - expected.batch_bytes(config, data, expert),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from examples.deepseek.config import Config
-from examples.deepseek.dispatch import LARGE
+from examples.deepseek.dispatch import LARGE_BYTES
 from examples.deepseek.pods.collectives import ITEM_BYTES, Traffic
 
 BLOCK = 128
@@ -109,7 +109,7 @@ def _exchange(c, data, expert, *arrays):
     rows = message_rows(c, device_tokens(c, data, expert), expert)
     rest = 0
     for dtype, columns in arrays:
-        if rows * columns * ITEM_BYTES[dtype] >= LARGE:
+        if rows * columns * ITEM_BYTES[dtype] >= LARGE_BYTES:
             yield "all-to-all", dtype, rows * columns, ("expert",), c.moe_layers
         else:
             rest += rows * columns * ITEM_BYTES[dtype]
@@ -125,15 +125,16 @@ def _of_layers(c) -> Iterator[tuple[int, int, int]]:
 
 
 def _gathered_weights(c, expert):
-    """Each twice: one order of axes for the forward pass, the other for the backward pass."""
+    """Each twice: one order of axes for the forward pass, the other for the backward pass. The former again
+    where the experts' forward pass is repeated."""
     experts = c.experts // expert
-    wanted = [(1, *each) for each in _of_layers(c)]
-    wanted += [(experts, c.moe_layers, *shape) for shape in expert_matrices(c).values()]
-    for count, layers, rows, columns in wanted:
+    wanted = [(2, 1, *each) for each in _of_layers(c)]
+    wanted += [(2 + c.remat_experts, experts, c.moe_layers, *shape) for shape in expert_matrices(c).values()]
+    for times, count, layers, rows, columns in wanted:
         values = count * rows * columns
         scales = count * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
         yield from [("all-gather", F8, values, ("data",), layers),
-                    ("all-gather", F32, scales, ("data",), layers)] * 2
+                    ("all-gather", F32, scales, ("data",), layers)] * times
 
 
 def _reduced_gradients(c, data, expert):
@@ -195,12 +196,12 @@ def kept_bytes(c: Config, data: int, expert: int) -> dict[str, int]:
     message = packed_bytes(c) + (ITEM_BYTES[S32] + ITEM_BYTES[F32]) * c.experts_per_token
     moe = (tokens * (ITEM_BYTES[BF16] * (c.hidden + columns) + logits)
            + message_rows(c, tokens, expert) * message)
-    return {"dense": c.dense_layers * dense,
-            "moe": c.moe_layers * moe + expert_products_bytes(c, data, expert)}
+    products = 0 if c.remat_experts else expert_products_bytes(c, data, expert)
+    return {"dense": c.dense_layers * dense, "moe": c.moe_layers * moe + products}
 
 
 def expert_products_bytes(c: Config, data: int, expert: int) -> int:
-    """Of what is kept, the results of the routed experts' GEMMs."""
+    """Of the results of the routed experts' GEMMs, which are kept unless they are computed again."""
     rows = expert_rows(c, device_tokens(c, data, expert), expert)
     columns = sum(out for _, out in expert_matrices(c).values())
     return c.moe_layers * ITEM_BYTES[BF16] * rows * columns

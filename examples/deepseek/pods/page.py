@@ -92,11 +92,10 @@ def _memory_table(report):
         gradients = mesh["state"] / expected.STATE_BYTES_OF_A_PARAMETER * 4 / _GB
         sizes = mesh["data"], mesh["expert"]
         products = expected.expert_products_bytes(pod_config(*sizes), *sizes) / _GB
-        total = state + gradients + kept
-        numbers = state, gradients, kept, products, total, total - products
+        numbers = state, gradients, kept, state + gradients + kept, products
         rows.append([_name(mesh), *(f"{number:.0f}" for number in numbers)])
     return _table(["data x expert", "master weights and moments", "gradients", "kept for the backward pass",
-                   "of it experts' products", "sum", "sum without experts' products"], rows)
+                   "sum", "experts' products, computed again"], rows)
 
 
 def _time_table(meshes, rates):

@@ -68,7 +68,7 @@ def _rows(path):
 
 def model_flops(c: Config) -> float:
     """Of a token, forward and backward: what its mathematics needs, nothing twice."""
-    work = _flops(c)
+    work = _flops(dataclasses.replace(c, remat_experts=False))
     attention = 3 * work["attention"] / _ATTENTION_RUNS
     return work["dense"] + work["experts"] + attention + 6 * c.vocabulary * c.hidden
 
@@ -86,7 +86,7 @@ def _flops(c: Config) -> dict[str, float]:
     scores = 2 * c.heads * 2 * c.qk_dim * c.sequence / 2
     return {
         "dense": 6 * dense,
-        "experts": 6 * c.moe_layers * c.experts_per_token * expert,
+        "experts": (6 + 2 * c.remat_experts) * c.moe_layers * c.experts_per_token * expert,
         "attention": _ATTENTION_RUNS * c.layers * scores,
         # Forward and weight gradient of both; the head has a gradient of its input, too.
         "bf16": (4 + 6) * c.vocabulary * c.hidden,
@@ -98,8 +98,10 @@ def compute_seconds(c: Config, data: int, expert: int, rates: Rates) -> dict[str
     """Of a step on one device, by what it is spent on."""
     tokens = expected.device_tokens(c, data, expert)
     seconds = {name: tokens * flops / getattr(rates, name) for name, flops in _flops(c).items()}
-    # Read and written by what stands between products, forward and backward.
-    seconds["between products"] = 4 * sum(expected.kept_bytes(c, data, expert).values()) / rates.memory
+    # Read and written by what stands between products, forward and backward; with experts' products that are
+    # computed again, and have to be written and read as if they were kept.
+    between = expected.kept_bytes(dataclasses.replace(c, remat_experts=False), data, expert)
+    seconds["between products"] = 4 * sum(between.values()) / rates.memory
     # Reads weight, moments and gradient, writes the first three; the gradient is read twice for its norm.
     parameters = expected.state_bytes(c, data, expert) / expected.STATE_BYTES_OF_A_PARAMETER
     seconds["optimizer"] = parameters * 4 * (4 + 3 + 2) / rates.memory
@@ -157,7 +159,7 @@ def predict(c: Config, data: int, expert: int, rates: Rates, *, nearest: str = "
     """A step as it is compiled, or with what is not there yet.
 
     Args:
-      nearest: the axis of which devices stand next to each other; `mesh.make_mesh` does it along `data`.
+      nearest: the axis along which devices of a node stand next to each other.
       sums_in_fp8: experts' sums travel as tokens do, in FP8 with scales.
       nodes_of_token: a token has experts on so many nodes, crosses the network once for each, and is copied
         over NVLink there.
