@@ -109,6 +109,23 @@ def test_combine_is_a_weighted_collect_that_keeps_what_it_was_given(rng):
     assert sorted(leaf.dtype.name for leaf in jax.tree.leaves(pull) if leaf.shape == y.shape) == ["bfloat16"]
 
 
+@pytest.mark.parametrize("name", precision.PRECISIONS)
+def test_experts_results_are_kept_in_bf16(rng, name):
+    params, _, x = moe_layer(rng, TINY)
+    experts = jnp.array(draw_experts(rng, len(x), 2, TINY.experts))
+    gate_up, down = (params[f"experts_{part}"].reshape(TINY.experts, size, -1)
+                     for part, size in (("gate_up", TINY.hidden), ("down", TINY.expert_intermediate)))
+
+    def pull(x, weights):
+        apply = partial(layers.apply_experts, ops=precision.ops(name))
+        return jax.vjp(lambda *args: apply(args[0], experts, args[1], gate_up, down)[0], x, weights)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull, x.astype(jnp.bfloat16), jnp.ones(experts.shape)))
+    results = [leaf.dtype for leaf in kept if leaf.shape == (experts.size, TINY.hidden)]
+    assert jnp.bfloat16 in results
+    assert jnp.float32 not in results
+
+
 # ---- dispatch
 
 

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from examples.deepseek import config
+from examples.deepseek import config, dispatch
 from examples.deepseek.pods import __main__, collectives, compiled, expected, page, predict
 from examples.deepseek.pods.collectives import Found, Traffic
 
@@ -116,6 +116,24 @@ def test_a_compiled_step_communicates_and_holds_what_is_expected_to_the_byte(aga
     assert found["kept"]["moe"] == moe - again * 3 * 512 * 2 * (512 + 256)
     weights = sum(traffic.bytes for traffic in expected.traffic(BLOCKS, 2, 4)["weights, FP8"])
     assert found["bytes"]["weights, FP8"] == weights + again * 3 * 2 * (256 * 768 + 4 * (8 + 4))
+
+
+def test_large_arrays_travel_alone_as_expected(monkeypatch):
+    for module in (dispatch, expected):
+        monkeypatch.setattr(module, "LARGE_BYTES", 60_000)
+    # Other sizes than those of other tests, or JAX would know the program.
+    config = dataclasses.replace(BLOCKS, capacity_factor=1.5)
+    found = compiled.facts(config, 2, 4)["bytes"]
+    there = expected.traffic(config, 2, 4)["tokens to experts, FP8"]
+    # 4 * 96 rows of 256 features and, together, of 2 scales, 2 experts and 2 weights.
+    assert [(traffic.dtype, traffic.elements) for traffic in there[:2]] == [
+        ("f8e4m3fn", 384 * 256), ("u32", 384 * 6)]
+    assert found["tokens to experts, FP8"] == 3 * 384 * ((256 + 8 + 16) + (256 + 8))
+
+
+def test_a_step_without_loops_is_refused():
+    with pytest.raises(ValueError, match="unroll: expected loops over layers, got true"):
+        compiled.facts(dataclasses.replace(BLOCKS, unroll=True), 2, 4)
 
 
 def test_what_is_not_expected_is_named():

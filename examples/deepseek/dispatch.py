@@ -105,7 +105,8 @@ def _send_forward(ops, axis, x, weights, experts, rows):
 
 def _send_backward(ops, axis, kept, gradients):
     rows, like_x = kept
-    d_x, d_weights = exchange(gradients[:2], axis)
+    # What is small goes into one message. XLA would add a token's rows up again for each of its words.
+    d_x, d_weights = exchange(lax.optimization_barrier(gradients[:2]), axis)
     return collect(d_x, rows).astype(like_x.dtype), collect(d_weights, rows), None, None
 
 

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from examples.deepseek.config import Config
+
 _RUN, _STEPS = "run.json", "log.jsonl"
 
 
@@ -32,7 +34,7 @@ class Run:
 
 
 def read(folder: pathlib.Path) -> Run:
-    about = json.loads((folder / _RUN).read_text())
+    about = _read_about(folder)
     return Run(about["identity"], about["environment"], _read_steps(folder))
 
 
@@ -50,7 +52,7 @@ def begin(folder: pathlib.Path, identity: dict[str, Any], environment: dict[str,
 
 def check_identity(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     """Raises ValueError where the run in the folder is another one."""
-    recorded = json.loads((folder / _RUN).read_text())["identity"]
+    recorded = _read_about(folder)["identity"]
     # Through JSON, as what was recorded.
     if wrong := differences(recorded, json.loads(json.dumps(identity))):
         raise ValueError(f"{folder}: expected to resume the same run, got other {', '.join(wrong)}")
@@ -94,6 +96,15 @@ def append(file: TextIO, step: dict[str, Any]) -> None:
     """
     file.write(json.dumps(step) + "\n")
     file.flush()
+
+
+def _read_about(folder):
+    """What a configuration did not have yet when it was recorded has its default."""
+    about = json.loads((folder / _RUN).read_text())
+    since = {field.name: field.default for field in dataclasses.fields(Config)
+             if field.default is not dataclasses.MISSING}
+    about["identity"]["config"] = since | about["identity"]["config"]
+    return about
 
 
 def _read_steps(folder):

@@ -61,7 +61,7 @@ collect.defvjp(lambda y, rows: (collect(y, rows), (rows, y[:0])), _collect_backw
 
 @jax.custom_vjp
 def combine(y: jax.Array, weights: jax.Array, rows: Rows) -> jax.Array:
-    """y [R, D] of any float dtype times weights [R, 1] f32, collected: [T, D] f32.
+    """y [R, D] times weights [R, 1], collected: [T, D] f32.
 
     The backward pass keeps y in its own dtype, where that of a product in f32 would keep it as f32.
     """
@@ -71,7 +71,8 @@ def combine(y: jax.Array, weights: jax.Array, rows: Rows) -> jax.Array:
 def _combine_backward(kept, d_out):
     y, weights, rows = kept
     d_rows = copies(d_out, rows)
-    return (weights * d_rows).astype(y.dtype), jnp.sum(y * d_rows, axis=-1, keepdims=True), None
+    d_weights = jnp.sum(y * d_rows, axis=-1, keepdims=True)
+    return (weights * d_rows).astype(y.dtype), d_weights.astype(weights.dtype), None
 
 
 combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)

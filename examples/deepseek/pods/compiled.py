@@ -30,8 +30,10 @@ def facts(config: Config, data: int, expert: int) -> dict[str, Any]:
     """What the compiled step communicates and holds, on each of data * expert devices, in bytes.
 
     Raises:
-      ValueError: it is not what `expected` says.
+      ValueError: it is not what `expected` says, or has no loops to read that from.
     """
+    if config.unroll:
+        raise ValueError("Config: unroll: expected loops over layers, got true")
     layout = Layout(make_mesh(data, expert, order=(EXPERT, DATA, TENSOR)))
     text, arguments = _compile(config, layout)
     by_purpose = match(collectives.read(text, layout.mesh.shape), expected.traffic(config, data, expert))
