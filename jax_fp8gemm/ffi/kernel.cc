@@ -44,8 +44,10 @@ size_t ParameterBytes(const Argument& argument) {
 ffi::TypeId Kernel::id = {};
 const ffi::TypeInfo Kernel::info = ffi::MakeTypeInfo<Kernel>();
 
+Kernel::Kernel(Plan plan) : plan_(std::move(plan)) {}
+
 Kernel::Kernel(const Driver& driver, Plan plan, std::shared_ptr<const Library> library, CUkernel kernel)
-    : driver_(driver),
+    : driver_(&driver),
       plan_(std::move(plan)),
       library_(std::move(library)),
       kernel_(kernel),
@@ -53,7 +55,7 @@ Kernel::Kernel(const Driver& driver, Plan plan, std::shared_ptr<const Library> l
 
 ffi::ErrorOr<std::unique_ptr<Kernel>> Kernel::Create(std::string_view cubin, Plan plan) {
   const ffi::ErrorOr<Driver>& driver = Driver::Get();
-  if (driver.has_error()) return ffi::Unexpected(driver.error());
+  if (driver.has_error()) return std::unique_ptr<Kernel>(new Kernel(std::move(plan)));
   auto library = Library::Load(*driver, cubin);
   if (library.has_error()) return ffi::Unexpected(library.error());
 
@@ -66,11 +68,12 @@ ffi::ErrorOr<std::unique_ptr<Kernel>> Kernel::Create(std::string_view cubin, Pla
 }
 
 ffi::Error Kernel::Prepare(int device, CUstream stream) {
+  if (driver_ == nullptr) return Driver::Get().error();
   if (ffi::Error error = CheckDevice(device); error.failure()) return error;
   if (functions_[device].load(std::memory_order_acquire) != nullptr) return ffi::Error::Success();
 
   // Two threads may come here at once: they do the same work twice, and store the same function.
-  const ScopedContext context(driver_, stream);
+  const ScopedContext context(*driver_, stream);
   if (ffi::Error error = Check(context.result(), "cuCtxPushCurrent"); error.failure()) return error;
   const ffi::ErrorOr<CUfunction> function = LoadInCurrentContext();
   if (function.has_error()) return function.error();
@@ -78,7 +81,7 @@ ffi::Error Kernel::Prepare(int device, CUstream stream) {
   if (ffi::Error error = AllowSharedMemory(*function, device); error.failure()) return error;
   if (plan_.cluster_size() > kPortableClusterSize) {
     ffi::Error error =
-        Check(driver_.cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+        Check(driver_->cuFuncSetAttribute(*function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
               "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)");
     if (error.failure()) return error;
   }
@@ -100,8 +103,8 @@ ffi::ErrorOr<CUfunction> Kernel::function(int device) const {
 // for a device that this launch holds up.
 ffi::ErrorOr<CUfunction> Kernel::LoadInCurrentContext() const {
   CUfunction function = nullptr;
-  ffi::Error error = Check(driver_.cuKernelGetFunction(&function, kernel_), "cuKernelGetFunction");
-  if (error.success()) error = Check(driver_.cuFuncLoad(function), "cuFuncLoad");
+  ffi::Error error = Check(driver_->cuKernelGetFunction(&function, kernel_), "cuKernelGetFunction");
+  if (error.success()) error = Check(driver_->cuFuncLoad(function), "cuFuncLoad");
   if (error.failure()) return ffi::Unexpected(error);
   return function;
 }
@@ -110,10 +113,10 @@ ffi::ErrorOr<CUfunction> Kernel::LoadInCurrentContext() const {
 ffi::Error Kernel::AllowSharedMemory(CUfunction function, int device) const {
   int available = 0, fixed = 0;
   ffi::Error error = Check(
-      driver_.cuDeviceGetAttribute(&available, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device),
+      driver_->cuDeviceGetAttribute(&available, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device),
       "cuDeviceGetAttribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)");
   if (error.failure()) return error;
-  error = Check(driver_.cuFuncGetAttribute(&fixed, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function),
+  error = Check(driver_->cuFuncGetAttribute(&fixed, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function),
                 "cuFuncGetAttribute(SHARED_SIZE_BYTES)");
   if (error.failure()) return error;
 
@@ -123,14 +126,14 @@ ffi::Error Kernel::AllowSharedMemory(CUfunction function, int device) const {
         " bytes of shared memory per block, of which the kernel's static variables take " +
         std::to_string(fixed) + "; " + Describe(plan_));
   }
-  return Check(driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+  return Check(driver_->cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                           available - fixed),
                "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
 }
 
 ffi::Error Kernel::CheckParameters(CUfunction function) const {
   size_t count = 0, offset, bytes;
-  for (; driver_.cuFuncGetParamInfo(function, count, &offset, &bytes) == CUDA_SUCCESS; ++count) {
+  for (; driver_->cuFuncGetParamInfo(function, count, &offset, &bytes) == CUDA_SUCCESS; ++count) {
     if (count < plan_.arguments.size() && bytes != ParameterBytes(plan_.arguments[count])) {
       return ffi::Error::InvalidArgument("jax_fp8gemm: the kernel's parameter " + std::to_string(count) +
                                          " has " + std::to_string(bytes) + " bytes, the plan's argument " +
@@ -147,13 +150,13 @@ ffi::Error Kernel::CheckParameters(CUfunction function) const {
 }
 
 ffi::Error Kernel::CheckDevice(int device) const {
-  if (device >= 0 && device < driver_.num_devices) return ffi::Error::Success();
-  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " +
-                              std::to_string(driver_.num_devices) + ", got " + std::to_string(device));
+  const int num_devices = static_cast<int>(functions_.size());
+  if (device >= 0 && device < num_devices) return ffi::Error::Success();
+  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " + std::to_string(num_devices) + ", got " + std::to_string(device));
 }
 
 ffi::Error Kernel::Check(CUresult result, const char* call) const {
-  return result == CUDA_SUCCESS ? ffi::Error::Success() : driver_.Check(result, call, Describe(plan_));
+  return result == CUDA_SUCCESS ? ffi::Error::Success() : driver_->Check(result, call, Describe(plan_));
 }
 
 }  // namespace jax_fp8gemm

@@ -22,7 +22,8 @@ class Kernel {
   static ffi::TypeId id;  // XLA assigns it when the type is registered
   static const ffi::TypeInfo info;
 
-  // Loads the cubin and finds the plan's entry in it. Needs no device.
+  // Loads the cubin and finds the plan's entry in it. Needs no device; and where there is no usable driver,
+  // the kernel can be compiled into a program, for another machine, and not be prepared.
   static ffi::ErrorOr<std::unique_ptr<Kernel>> Create(std::string_view cubin, Plan plan);
 
   // Makes the kernel ready on a device, whose stream this is: loads it there, sets its attributes, and checks
@@ -30,11 +31,12 @@ class Kernel {
   // once.
   ffi::Error Prepare(int device, CUstream stream);
 
-  const Driver& driver() const { return driver_; }
+  const Driver& driver() const { return *driver_; }  // of a prepared kernel
   const Plan& plan() const { return plan_; }
   ffi::ErrorOr<CUfunction> function(int device) const;  // prepared earlier
 
  private:
+  explicit Kernel(Plan plan);
   Kernel(const Driver& driver, Plan plan, std::shared_ptr<const Library> library, CUkernel kernel);
 
   ffi::ErrorOr<CUfunction> LoadInCurrentContext() const;
@@ -43,10 +45,10 @@ class Kernel {
   ffi::Error CheckDevice(int device) const;
   ffi::Error Check(CUresult result, const char* call) const;
 
-  const Driver& driver_;
+  const Driver* const driver_ = nullptr;  // null where there is none
   const Plan plan_;
   const std::shared_ptr<const Library> library_;  // keeps kernel_ and functions_ valid
-  const CUkernel kernel_;
+  const CUkernel kernel_ = nullptr;
   std::vector<std::atomic<CUfunction>> functions_;  // by device; null until prepared
 };
 
