@@ -113,7 +113,8 @@ ffi::ErrorOr<CUfunction> Kernel::LoadInCurrentContext() const {
 ffi::Error Kernel::AllowSharedMemory(CUfunction function, int device) const {
   int available = 0, fixed = 0;
   ffi::Error error = Check(
-      driver_->cuDeviceGetAttribute(&available, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device),
+      driver_->cuDeviceGetAttribute(&available, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+                                    device),
       "cuDeviceGetAttribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)");
   if (error.failure()) return error;
   error = Check(driver_->cuFuncGetAttribute(&fixed, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function),
@@ -152,7 +153,8 @@ ffi::Error Kernel::CheckParameters(CUfunction function) const {
 ffi::Error Kernel::CheckDevice(int device) const {
   const int num_devices = static_cast<int>(functions_.size());
   if (device >= 0 && device < num_devices) return ffi::Error::Success();
-  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " + std::to_string(num_devices) + ", got " + std::to_string(device));
+  return ffi::Error::Internal("jax_fp8gemm: expected a device ordinal below " +
+                              std::to_string(num_devices) + ", got " + std::to_string(device));
 }
 
 ffi::Error Kernel::Check(CUresult result, const char* call) const {
