@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples.deepseek import arguments, config, dispatch, layers, mesh, model, precision, rows, step
+from jaxprs import equations
 from meshes import collectives as collectives_of
 
 TINY = dataclasses.replace(config.load("tiny"), batch=8)
@@ -124,6 +125,19 @@ def test_experts_results_are_kept_in_bf16(rng, name):
     results = [leaf.dtype for leaf in kept if leaf.shape == (experts.size, TINY.hidden)]
     assert jnp.bfloat16 in results
     assert jnp.float32 not in results
+
+
+def test_bytes_are_copied_as_words(rng):
+    """Their bits, NaN included; what is no whole word is copied all the same."""
+    by_expert = rows.sort_by_expert(jnp.array(rng.integers(0, 5, (29, 2)), jnp.int32), 4, 30)
+    for columns, dtype in ((8, "uint32"), (6, "float8_e4m3fn")):
+        bits = rng.integers(0, 256, (29, columns)).astype(np.uint8)
+        run = lambda x: rows.copies(x, by_expert.of_tokens)
+        x = jnp.array(bits).view(jnp.float8_e4m3fn)
+        expected = np.concatenate([bits, np.zeros((1, columns), np.uint8)])[by_expert.of_tokens.token]
+        np.testing.assert_array_equal(np.asarray(run(x)).view(np.uint8), expected)
+        gathered = {eqn.outvars[0].aval.dtype.name for eqn in equations(jax.make_jaxpr(run)(x), "gather")}
+        assert gathered == {dtype}
 
 
 # ---- dispatch

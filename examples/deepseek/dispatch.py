@@ -26,13 +26,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from examples.deepseek.precision import Ops
 from examples.deepseek.rows import Rows, collect, copies
+from examples.deepseek.words import from_words, to_words
 
 # What `jax.checkpoint_policies` know the messages by that came in.
 MESSAGE_NAME = "message"
 # From so many bytes on an array travels alone. To copy it into a message and out of it would take longer than
 # one more all-to-all of few bytes: 13 us at 2.5 TB/s, against what is assumed to be as much.
 LARGE_BYTES = 8 * 2**20
-_WORD = jnp.uint32
 
 
 class Room(NamedTuple):
@@ -97,7 +97,7 @@ def fetch(ops: Ops, axis: str, y, rows: Rows):
 
 
 def _send_forward(ops, axis, x, weights, experts, rows):
-    message = _copied((ops.pack(x), weights), rows), copies(experts, rows, fill=-1)
+    message = copies((ops.pack(x), weights), rows), copies(experts, rows, fill=-1)
     received = exchange(message, axis)
     (packed, weights), experts = jax.tree.map(lambda leaf: checkpoint_name(leaf, MESSAGE_NAME), received)
     return (ops.unpack(packed, x.dtype), weights, experts), (rows, x[:0])
@@ -116,7 +116,7 @@ def _fetch_forward(ops, axis, y, rows):
 
 def _fetch_backward(ops, axis, kept, d_out):
     rows, like_y = kept
-    packed = exchange(_copied(ops.pack(d_out.astype(like_y.dtype)), rows), axis)
+    packed = exchange(copies(ops.pack(d_out.astype(like_y.dtype)), rows), axis)
     return ops.unpack(packed, like_y.dtype), None
 
 
@@ -142,27 +142,8 @@ def exchange(message: Any, axis: str) -> Any:
 def _as_one(swap, arrays):
     if not arrays:
         return []
-    words = [_to_words(x) for x in arrays]
+    words = [to_words(x) for x in arrays]
     ends = itertools.accumulate((word.shape[1] for word in words), initial=0)
     received = swap(jnp.concatenate(words, axis=1))
-    return [_from_words(received[:, begin:end], x)
+    return [from_words(received[:, begin:end], x)
             for (begin, end), x in zip(itertools.pairwise(ends), arrays, strict=True)]
-
-
-def _copied(message, rows):
-    """`copies` of words: those of bytes are slow on a GPU."""
-    words = copies(jax.tree.map(_to_words, message), rows)
-    return jax.tree.map(_from_words, words, message)
-
-
-def _to_words(x):
-    """[R, C] of any dtype -> [R, W] of 4 bytes each."""
-    size = _WORD.dtype.itemsize // x.dtype.itemsize
-    if x.shape[1] % size:
-        raise ValueError(f"dispatch: expected rows of whole words of 4 bytes, got {x.shape[1]} columns of "
-                         f"{x.dtype}")
-    return lax.bitcast_convert_type(x.reshape(len(x), -1, size) if size > 1 else x, _WORD)
-
-
-def _from_words(words, like):
-    return lax.bitcast_convert_type(words, like.dtype).reshape(len(words), like.shape[1])

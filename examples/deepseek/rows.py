@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from examples.deepseek.words import from_words, to_words, whole
+
 _NONE = jnp.iinfo(jnp.int32).max
 
 
@@ -80,7 +82,13 @@ combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
 
 def copies(x: Any, rows: Rows, fill: int = 0) -> Any:
     """`spread` of each array of a tree, without a gradient, and with `fill` where a row is of no token."""
-    return jax.tree.map(lambda leaf: leaf.at[rows.token].get(mode="fill", fill_value=fill), x)
+    def gather(leaf):
+        return leaf.at[rows.token].get(mode="fill", fill_value=fill)
+
+    # A GPU copies words faster than bytes.
+    is_bytes = lambda leaf: leaf.dtype.itemsize == 1 and fill == 0 and whole(leaf)
+    return jax.tree.map(
+        lambda leaf: from_words(gather(to_words(leaf)), leaf) if is_bytes(leaf) else gather(leaf), x)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["of_tokens", "of_slots", "sizes"], meta_fields=[])

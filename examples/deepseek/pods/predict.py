@@ -159,7 +159,7 @@ def predict(c: Config, data: int, expert: int, rates: Rates, *, nearest: str = "
     """A step as it is compiled, or with what is not there yet.
 
     Args:
-      nearest: the axis along which devices of a node stand next to each other.
+      nearest: the axis along which devices of a node stand next to each other, by default as in `compiled`.
       sums_in_fp8: experts' sums travel as tokens do, in FP8 with scales.
       nodes_of_token: a token has experts on so many nodes, crosses the network once for each, and is copied
         over NVLink there.
